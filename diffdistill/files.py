@@ -21,8 +21,10 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(f"no space left while writing {path}; what was there before is untouched. "
-                               "Free some space and run the same command again.") from error
+            raise MachineError(
+                f"no space left while writing {path}; what was there before is untouched. "
+                "Free some space and run the same command again."
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS):
             raise MachineError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
         raise
