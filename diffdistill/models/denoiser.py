@@ -1,0 +1,53 @@
+"""The contract of every network and oracle: (x_t, t, cond) -> Prediction, on a schedule.
+
+It hides the family, the prediction type, input scaling and the network's own time convention. A method sees nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from diffdistill.math.prediction import Prediction
+from diffdistill.math.schedules import Schedule, change_coordinates
+from diffdistill.models.condition import Condition
+
+
+class Denoiser(ABC):
+    """Says what is under the noise.
+
+    Attributes:
+        schedule: the Gaussian path its states live on.
+        sample_shape: shape of one state without the batch, e.g. (C, H, W).
+    """
+
+    schedule: Schedule
+    sample_shape: tuple[int, ...]
+
+    @abstractmethod
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """Return the prediction at x_t.
+
+        Args:
+            x_t: noisy states, (B, *sample_shape).
+            t: times of `schedule`, (B,), float64.
+            cond: condition with B rows.
+        """
+
+    def in_schedule(self, schedule: Schedule) -> Denoiser:
+        """Return the same denoiser seen in other coordinates: exact, since only lambda matters (see InSchedule)."""
+        return InSchedule(self, schedule)
+
+
+class InSchedule(Denoiser):
+    """A view of a denoiser on another Gaussian path: x' = x alpha'(t')/alpha(t), lambda'(t') = lambda(t); x0 is unchanged."""
+
+    def __init__(self, inner: Denoiser, schedule: Schedule) -> None:
+        self.inner, self.schedule, self.sample_shape = inner, schedule, inner.sample_shape
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """Carry the state over, ask, and state the answer as x0 at the original state."""
+        x_inner, t_inner = change_coordinates(x_t, t, self.schedule, self.inner.schedule)
+        alpha, sigma = self.schedule.coefficients(t)
+        return Prediction("sample", self.inner(x_inner, t_inner, cond).x0, x_t, alpha, sigma)

@@ -1,0 +1,159 @@
+"""Extra inputs of a network: a second time, a guidance scale, as embeddings added to its time embedding.
+
+Each value becomes cosines and sines, then a small MLP whose last layer is zero, so that at the start the network with extras
+gives bit for bit what it gave without. The embedding is added by forward hooks on the family's time modules. The value comes
+from the `Condition` (keys "second_time" and "guidance"); the network's own `ExtraInputs` holds it for the length of one call.
+Source: guidance embedding of arXiv:2210.03142 (Sec. 3) and LCM (arXiv:2310.04378); second time of CTM (arXiv:2310.02279).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.errors import UserError, unknown_name
+from diffdistill.models.condition import Condition
+
+if TYPE_CHECKING:
+    from diffdistill.models.network import Family  # which may import `feeding` from here
+
+_MODULE = "extra_inputs"  # where the ExtraInputs hangs in the network, and so the prefix of its parameters' names
+
+# name -> the value that counts as full scale when the caller does not say: the embedding resolves differences of about a
+# thousandth of it, as diffusers' time embedding does for 0..1000.
+KNOWN: Mapping[str, float] = {"second_time": 1000.0, "guidance": 16.0}
+
+
+class ValueEmbedding(nn.Module):
+    """One number per sample -> (B, width): cosines and sines of it, linear, SiLU, linear; the last layer starts at zero."""
+
+    def __init__(self, width: int, full_scale: float, num_frequencies: int = 64) -> None:
+        super().__init__()
+        self.full_scale, self.num_frequencies = full_scale, num_frequencies
+        self.linear_in = nn.Linear(2 * num_frequencies, width)
+        self.linear_out = nn.Linear(width, width)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return the embedding of value (B,), in the dtype of the weights; angles in float64 or the value's own float dtype."""
+        # 1000 rad at full scale for the fastest frequency, 0.1 rad for the slowest: the range of diffusers' time embedding.
+        exponent = torch.arange(self.num_frequencies, device=value.device, dtype=torch.float64) / (self.num_frequencies - 1)
+        frequencies = 1000.0 / self.full_scale * torch.exp(-math.log(10_000) * exponent)
+        angles = value.to(torch.float64)[:, None] * frequencies  # (B, F)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_in.weight.dtype)
+        return self.linear_out(nn.functional.silu(self.linear_in(waves)))
+
+
+class ExtraInputs(nn.Module):
+    """The embeddings of a network's extra inputs, and the values of the call under way.
+
+    Attributes:
+        embeddings: name -> ValueEmbedding.
+        values: name -> (B,), set by `holding` around one call of the network; None outside.
+        stock_pipeline_can_carry: False, for `reason`.
+    """
+
+    stock_pipeline_can_carry: ClassVar[bool] = False
+    reason: ClassVar[str] = (
+        "the stock network class has no place for the embedding's weights, and the stock pipeline does not pass the value"
+    )
+
+    def __init__(self, width: int, full_scales: Mapping[str, float]) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleDict({name: ValueEmbedding(width, scale) for name, scale in full_scales.items()})
+        self.values: Mapping[str, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Hold the values for one call; what was held before is restored on exit."""
+        before, self.values = self.values, values
+        try:
+            yield
+        finally:
+            self.values = before
+
+    def add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Return the time embedding (B, D) plus those of the held values: the forward hook of the time modules.
+
+        Raises:
+            RuntimeError: the network was called past its denoiser, so that nobody said what the values are.
+        """
+        if self.values is None:
+            raise RuntimeError(
+                f"this network takes extra inputs ({', '.join(self.embeddings)}); call it through its denoiser "
+                "or inside `feeding(network, cond)`."
+            )
+        for name, embedding in self.embeddings.items():
+            if name in self.values:
+                output = output + embedding(self.values[name]).to(output.dtype)
+        return output
+
+
+def extra_inputs_of(network: nn.Module) -> ExtraInputs | None:
+    """Return the network's extra inputs, None where it has none."""
+    extra = network._modules.get(_MODULE)
+    return extra if isinstance(extra, ExtraInputs) else None
+
+
+def feeding(network: nn.Module, cond: Condition) -> contextlib.AbstractContextManager[None]:
+    """Hold the condition's extra values for one call of the network; nothing happens in a network without extra inputs.
+
+    A value the condition does not name is not added, which equals the network before it had extra inputs.
+    """
+    extra = extra_inputs_of(network)
+    if extra is None:
+        return contextlib.nullcontext()
+    return extra.holding({name: cond.values[name] for name in extra.embeddings if name in cond.values})
+
+
+def _width(module: nn.Module) -> int:
+    """Return the width of a time module's output: that of its last linear layer."""
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    if not linears:
+        raise UserError(
+            f"cannot tell the width of the time embedding from {type(module).__name__}: it has no linear layer. "
+            "Add extra inputs before adapters."
+        )
+    return linears[-1].out_features
+
+
+def add_extra_inputs(network: nn.Module, family: Family, names: Sequence[str] | Mapping[str, float]) -> ExtraInputs:
+    """Give a network extra inputs, in place; its output does not change until their weights do.
+
+    The embeddings become part of the network (`extra_inputs.*`): a deep copy has its own, and the copy's hooks feed from it.
+    Add them before roles are built, so that the roles train them.
+
+    Args:
+        network: a network without extra inputs and without adapters.
+        family: names the modules whose output is the time embedding.
+        names: "second_time", "guidance"; or name -> full scale, the size of the largest value expected, in the unit of the
+            value (1 for times of a flow). Full scales otherwise: 1000 and 16.
+    Returns:
+        the module that holds the embeddings.
+    Raises:
+        UserError: unknown or no names, or a network that has extra inputs already.
+    """
+    for name in names:
+        if name not in KNOWN:
+            raise unknown_name("extra input", name, KNOWN)
+    if not names:
+        raise UserError(f"name at least one extra input: {', '.join(KNOWN)}.")
+    if extra_inputs_of(network) is not None:
+        raise UserError("this network has extra inputs already; name all of them in one call.")
+    modules = family.time_modules(network)
+    widths = {_width(module) for module in modules}
+    if len(widths) != 1:
+        raise UserError(f"extra inputs need time embeddings of one width; {type(network).__name__} has {sorted(widths)}.")
+    scales = names if isinstance(names, Mapping) else {name: KNOWN[name] for name in names}
+    extra = ExtraInputs(widths.pop(), scales)
+    reference = next(parameter for parameter in modules[0].parameters())
+    network.add_module(_MODULE, extra.to(reference.device, reference.dtype).eval())
+    for module in modules:
+        module.register_forward_hook(extra.add)  # a bound method: deepcopy rebinds it to the copy of `extra`
+    return extra

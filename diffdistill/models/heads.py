@@ -1,0 +1,171 @@
+"""Features of a network's inner blocks, and discriminator heads that read them.
+
+A discriminator on the features of the frozen teacher costs part of one forward pass: `features` stops the network right after
+the block it reads. `predict_with_features` gives the denoiser's answer and the features from one full pass.
+Source: DMD2 (arXiv:2405.14867), Sec. 4.3, and LADD (arXiv:2403.12015), Sec. 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.errors import UserError, unknown_name
+from diffdistill.math.prediction import Prediction
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser, InSchedule
+
+
+class _TapReached(Exception):
+    """Raised by the tap's hook to leave the network early, caught in `features`."""
+
+
+def _of_network(denoiser: Denoiser) -> Any:
+    """Return the network's own denoiser behind views in other schedules."""
+    while isinstance(denoiser, InSchedule):
+        denoiser = denoiser.inner
+    if not isinstance(getattr(denoiser, "network", None), nn.Module) or not hasattr(denoiser, "family"):
+        raise UserError(
+            f"{type(denoiser).__name__} has no network whose features could be read; give the denoiser of a "
+            "network, without guidance around it."
+        )
+    return denoiser
+
+
+def tap_module(denoiser: Denoiser, tap: str) -> nn.Module:
+    """Return the block behind a tap's name.
+
+    Raises:
+        UserError: the denoiser has no network of a known family (an oracle), or no tap of that name.
+    """
+    source = _of_network(denoiser)
+    taps = source.family.taps(source.network)
+    if tap not in taps:
+        raise unknown_name("tap", tap, taps)
+    return taps[tap]
+
+
+@contextlib.contextmanager
+def _hooked(module: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
+    def call(module: nn.Module, inputs: Any, output: Any) -> None:
+        hook(output[0] if isinstance(output, tuple) else output)  # down blocks return (states, skips)
+
+    handle = module.register_forward_hook(call)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, tap: str = "mid") -> Tensor:
+    """Return the output of one block at x_t, in the denoiser's role, without paying for the rest of the network.
+
+    Args:
+        denoiser: a network's denoiser, or its view in another schedule.
+        x_t: noisy states, (B, *sample_shape); gradient flows back into them where it is enabled.
+        t: times of the denoiser's schedule, (B,), float64.
+        cond: condition of B rows.
+        tap: name of the block, one of the family's taps.
+    Returns:
+        (B, C, H, W) from a convolutional block, (B, N, D) from a transformer block, in the network's dtype.
+    Raises:
+        UserError: no network to read, or an unknown tap.
+    """
+    caught: list[Tensor] = []
+
+    def stop(output: Tensor) -> None:
+        caught.append(output)
+        raise _TapReached
+
+    with _hooked(tap_module(denoiser, tap), stop), contextlib.suppress(_TapReached):
+        denoiser(x_t, t, cond)
+    assert len(caught) == 1, f"tap {tap!r} lies on no forward pass of the network"
+    return caught[0]
+
+
+def predict_with_features(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, tap: str = "mid"
+) -> tuple[Prediction, Tensor]:
+    """Return the denoiser's prediction and one block's output, from one pass; arguments as in `features`."""
+    caught: list[Tensor] = []
+    with _hooked(tap_module(denoiser, tap), caught.append):
+        prediction = denoiser(x_t, t, cond)
+    assert len(caught) == 1, f"tap {tap!r} lies {len(caught)} times on a forward pass of the network; expected once"
+    return prediction, caught[0]
+
+
+def _map_trunk(channels: int, size: tuple[int, int], width: int) -> nn.Sequential:
+    """Halve a map down to 4 or less, then read it whole: (B, channels, *size) -> (B, width)."""
+    layers: list[nn.Module] = []
+    height, breadth = size
+    while min(height, breadth) > 4:
+        layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(min(32, width // 4), width), nn.SiLU()]
+        channels, height, breadth = width, height // 2, breadth // 2
+    layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(min(32, width // 4), width), nn.SiLU()]
+    layers += [nn.Conv2d(width, width, (height, breadth)), nn.SiLU(), nn.Flatten()]
+    return nn.Sequential(*layers)
+
+
+class DiscriminatorHead(nn.Module):
+    """Features -> one logit per sample; positive means real. The last layer starts at zero, so every logit starts at 0.
+
+    Maps (C, H, W): strided convolutions, GroupNorm and SiLU down to one vector, as in DMD2. Token sequences (N, D):
+    LayerNorm and an MLP on each token, then the mean over tokens, for any N.
+
+    Args:
+        feature_shape: shape of one sample's features, (C, H, W) or (N, D).
+        width: inner width, a multiple of 4.
+    """
+
+    def __init__(self, feature_shape: tuple[int, ...], width: int = 128) -> None:
+        super().__init__()
+        self.feature_shape = tuple(feature_shape)
+        if width < 4 or width % 4:
+            raise UserError(f"the head's width must be a positive multiple of 4; got {width}.")
+        if len(feature_shape) == 3:
+            self.trunk = _map_trunk(feature_shape[0], (feature_shape[1], feature_shape[2]), width)
+        elif len(feature_shape) == 2:
+            dim = feature_shape[1]
+            self.trunk = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        else:
+            raise UserError(f"features must be maps (C, H, W) or tokens (N, D); got shape {self.feature_shape}.")
+        self.logit = nn.Linear(width, 1)
+        nn.init.zeros_(self.logit.weight)
+        nn.init.zeros_(self.logit.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (B,) of features (B, *feature_shape), in the dtype of the head."""
+        if features.ndim != len(self.feature_shape) + 1:
+            raise ValueError(
+                f"the head reads features of shape (B, {', '.join(map(str, self.feature_shape))}); got {tuple(features.shape)}."
+            )
+        hidden = self.trunk(features.to(self.logit.weight.dtype))
+        if hidden.ndim == 3:  # (B, N, width)
+            hidden = hidden.mean(dim=1)
+        return self.logit(hidden)[:, 0]
+
+
+@torch.no_grad()
+def build_head(denoiser: Denoiser, tap: str = "mid", width: int = 128, cond: Condition | None = None) -> DiscriminatorHead:
+    """Return a head that fits one block's output, on the network's device; its shape is found by one early-stopped pass.
+
+    Args:
+        denoiser: a network's denoiser, or its view in another schedule.
+        tap: the block to read.
+        width: inner width of the head.
+        cond: a condition of one row; None: class 0, or none for an unconditional network.
+    """
+    source = _of_network(denoiser)
+    parameter = next(source.network.parameters())
+    if cond is None:
+        conditional = source.family.classes(source.network, None).num is not None
+        labels = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+        cond = Condition.labels(labels, None) if conditional else Condition.none(1)
+    x_t = torch.zeros(1, *denoiser.sample_shape, device=parameter.device, dtype=parameter.dtype)
+    t = torch.full((1,), denoiser.schedule.t_max, dtype=torch.float64, device=parameter.device)
+    shape = features(denoiser, x_t, t, cond, tap).shape[1:]
+    return DiscriminatorHead(tuple(shape), width).to(parameter.device)

@@ -1,0 +1,129 @@
+"""A torch network as a `Denoiser`: the family's calling convention, the schedule, and the role it is seen in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.math.prediction import Prediction, edm_preconditioning
+from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, expand
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.extras import feeding
+
+
+class Classes(NamedTuple):
+    """Number of classes, and the label that stands for no class; None where there is none."""
+
+    num: int | None
+    null: int | None
+
+
+class Family(Protocol):
+    """What one diffusers architecture says about itself. One small final class per architecture, in `models/families/`.
+
+    Attributes:
+        name: e.g. "unet2d".
+        component: the pipeline component that holds the network, "unet" or "transformer".
+        lora_targets: preset name -> suffixes of module names that take an adapter.
+    """
+
+    name: str
+    component: str
+    lora_targets: Mapping[str, tuple[str, ...]]
+
+    def forward(self, network: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Call the network: x (B, C, H, W), t (B,) float64 in the network's own units; returns the raw output."""
+        ...
+
+    def time_modules(self, network: Any) -> list[nn.Module]:
+        """Return the modules whose (B, D) output is the time embedding: where extra inputs are added."""
+        ...
+
+    def taps(self, network: Any) -> dict[str, nn.Module]:
+        """Return the named blocks whose output a discriminator head may read; "mid" always exists."""
+        ...
+
+    def classes(self, network: Any, declared: int | None) -> Classes:
+        """Return the classes of a network; `declared` is their number where the teacher's folder states it."""
+        ...
+
+
+RoleContext = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class NetworkDenoiser(Denoiser):
+    """A network on a schedule, seen in a role.
+
+    Attributes:
+        network: the module; several denoisers may share one (roles as views).
+        family: its calling convention.
+        schedule: the path its states live on.
+        kind: what the network emits, see `math.prediction`.
+        sample_shape: (C, H, W).
+        role: context entered around every call; sets the active adapter and nothing else.
+    """
+
+    network: nn.Module
+    family: Family
+    schedule: Schedule
+    kind: str
+    sample_shape: tuple[int, ...]
+    role: RoleContext = contextlib.nullcontext
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """Return the prediction at x_t, (B, C, H, W), at times t (B,); raw output in the network's dtype."""
+        alpha, sigma = self.schedule.coefficients(t)
+        with self.role(), feeding(self.network, cond):
+            raw = self.family.forward(self.network, x_t, self._network_time(t), cond)
+        return Prediction(self.kind, raw, x_t, alpha, sigma)
+
+    def _network_time(self, t: Tensor) -> Tensor:
+        """Return the time the network was trained with: VP timesteps as they are, 1000 sigma for a flow, as diffusers feeds."""
+        if isinstance(self.schedule, RectifiedFlowSchedule):
+            return 1000 * self.schedule.sigma(t)
+        return t.clamp(min=0)
+
+    def with_network(self, network: nn.Module) -> NetworkDenoiser:
+        """Return the same denoiser around another network of the same shape."""
+        return NetworkDenoiser(network, self.family, self.schedule, self.kind, self.sample_shape, self.role)
+
+    def with_role(self, role: RoleContext) -> NetworkDenoiser:
+        """Return the same network seen in a role."""
+        return NetworkDenoiser(self.network, self.family, self.schedule, self.kind, self.sample_shape, role)
+
+
+@dataclass(frozen=True)
+class EDMDenoiser(Denoiser):
+    """An EDM-preconditioned network: D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma)/4). Source: arXiv:2206.00364, Eq. 7."""
+
+    network: nn.Module
+    family: Family
+    schedule: Schedule
+    sample_shape: tuple[int, ...]
+    sigma_data: float = 0.5
+    role: RoleContext = contextlib.nullcontext
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """Return the prediction at x_t on the variance-exploding path, as a "sample" prediction."""
+        alpha, sigma = self.schedule.coefficients(t)
+        c = edm_preconditioning(sigma, self.sigma_data)
+        with self.role(), feeding(self.network, cond):
+            f_x = self.family.forward(self.network, expand(c.c_in, x_t).to(x_t.dtype) * x_t, c.c_noise, cond)
+        x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.float32)
+        return Prediction("sample", x0, x_t, alpha, sigma)
+
+    def with_network(self, network: nn.Module) -> EDMDenoiser:
+        """Return the same denoiser around another network of the same shape."""
+        return EDMDenoiser(network, self.family, self.schedule, self.sample_shape, self.sigma_data, self.role)
+
+    def with_role(self, role: RoleContext) -> EDMDenoiser:
+        """Return the same network seen in a role."""
+        return EDMDenoiser(self.network, self.family, self.schedule, self.sample_shape, self.sigma_data, role)

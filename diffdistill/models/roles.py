@@ -1,0 +1,375 @@
+"""Roles: teacher, student, fake score, targets, as views of one network with adapters or as copies.
+
+    layout   lora   networks                                        trained in a role
+    copies   no     teacher's own, and one per role                 all of the copy
+    copies   yes    teacher's own, and one per role                 the copy's adapter (and its extra inputs)
+    shared   yes    one; the teacher is the network, adapters off   the role's adapter
+
+A loss computed on shared views has exactly the gradients of separate copies with adapters, with several views in one graph
+and under activation checkpointing too. Two rules make it so: a view switches the active adapter around the call and nothing
+else (`adapters.role_context`), and requires_grad changes once per turn (`train_only`), never while a graph is alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.errors import UserError, did_you_mean, unknown_name
+from diffdistill.models.adapters import (
+    LoraSpec,
+    adapter_layers,
+    adapter_parameters,
+    checkpoint_in_role,
+    inject_adapters,
+    merged_state,
+    role_context,
+)
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.extras import extra_inputs_of
+
+Layout = Literal["copies", "shared"]
+
+HEAD = "head"  # the role under which a discriminator head is trained; it is no denoiser
+
+# diffusers keeps these as parameters, but they are constants of the architecture: random frequencies of a time embedding.
+_CONSTANT_MODULES = ("GaussianFourierProjection",)
+
+
+class Roles:
+    """The denoisers of a run by role, and what is trained in each. Built by `build_roles`.
+
+    Attributes:
+        teacher: frozen, in eval mode; in the shared layout the network with adapters off.
+        names: the roles, in the order they were asked for; neither the teacher nor the head is among them.
+        layout: "copies" or "shared".
+        lora: the adapters' specification, None where whole networks are trained.
+        head: the discriminator head, or None.
+    """
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        denoisers: Mapping[str, Denoiser],
+        trained: Mapping[str, Mapping[str, nn.Parameter]],
+        layout: Layout,
+        lora: LoraSpec | None,
+        head: nn.Module | None,
+    ) -> None:
+        self.teacher, self.layout, self.lora, self.head = teacher, layout, lora, head
+        self._denoisers = dict(denoisers)
+        self._trained = {name: dict(parameters) for name, parameters in trained.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the roles."""
+        return tuple(self._denoisers)
+
+    def __getitem__(self, name: str) -> Denoiser:
+        """Return the denoiser seen in a role."""
+        if name not in self._denoisers:
+            raise unknown_name("role", name, self._denoisers)
+        return self._denoisers[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._denoisers
+
+    # --- parameters ---------------------------------------------------------------------------------------------------------
+
+    def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return what is trained in a role (or in "head") by name: the network's names, without the adapter's."""
+        if name not in self._trained:
+            raise unknown_name("role", name, self._trained)
+        return dict(self._trained[name])
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Return what is trained in a role: all of a copy, or the adapter; of "head" all."""
+        return list(self.named_parameters(name).values())
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """Let exactly the named roles ("head" included) require gradient. Once per turn, when no graph is alive."""
+        chosen = {id(parameter) for name in names for parameter in self.parameters(name)}
+        for parameters in self._trained.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(id(parameter) in chosen)
+
+    # --- weights ------------------------------------------------------------------------------------------------------------
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Return copies of what is trained in a role; the state of one role loads into another of the same shape."""
+        return {key: parameter.detach().clone() for key, parameter in self.named_parameters(name).items()}
+
+    @torch.no_grad()
+    def load_state(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Write tensors into a role. Nothing is written unless every name and shape fits.
+
+        Raises:
+            ValueError: missing or unknown names, or a shape that differs.
+        """
+        parameters = self.named_parameters(name)
+        _check(parameters, state, f"role {name!r}")
+        for key, parameter in parameters.items():
+            parameter.copy_(state[key])
+
+    def assign(self, target: str, source: str) -> None:
+        """Copy the weights of one role into another of equal shapes: target <- source."""
+        self.load_state(target, self.named_parameters(source))
+
+    @torch.no_grad()
+    def lerp(self, target: str, source: str, decay: float) -> None:
+        """Move one role towards another: target <- decay target + (1 - decay) source, computed in float32 or wider.
+
+        Args:
+            target, source: roles of equal shapes.
+            decay: in [0, 1]; 0 copies, 1 changes nothing.
+        Raises:
+            ValueError: decay outside [0, 1], or roles of different shapes (adapters of different ranks, say).
+        """
+        targets, sources = self.named_parameters(target), self.named_parameters(source)
+        _check(targets, sources, f"role {target!r} (from {source!r})")
+        _lerp([parameter.data for parameter in targets.values()], [sources[key].data for key in targets], decay)
+
+    @contextlib.contextmanager
+    def using(self, name: str, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put other tensors (an EMA) into a role for a while; the role's own come back bit for bit, also after an exception."""
+        own = self.state(name)
+        self.load_state(name, state)
+        try:
+            yield
+        finally:
+            self.load_state(name, own)
+
+    # --- for export ---------------------------------------------------------------------------------------------------------
+
+    def network_state(self, name: str) -> dict[str, Tensor]:
+        """Return copies of the role's full network under plain diffusers keys, adapters merged: W + (alpha / rank) B A."""
+        return merged_state(_network(self[name]), None if self.lora is None else name)
+
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """Return copies of a role's adapter in PEFT's spelling, `<module>.lora_A.weight`; the scale is in `lora`, not here.
+
+        Raises:
+            UserError: the roles train whole networks.
+        """
+        if self.lora is None:
+            raise UserError("these roles train whole networks and have no adapters; export the network, or train with lora.")
+        return {key: parameter.detach().clone() for key, parameter in adapter_parameters(_network(self[name]), name).items()}
+
+    # --- memory -------------------------------------------------------------------------------------------------------------
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of storing them, in every network that can.
+
+        The teacher's network too: a loss may send gradient through it. The recomputation sees the role of its forward.
+
+        Raises:
+            UserError: no network of these roles supports it.
+        """
+        denoisers = [self.teacher, *self._denoisers.values()]
+        networks = {id(network): network for network in map(_network_or_none, denoisers) if network is not None}
+        able = [network for network in networks.values() if getattr(network, "_supports_gradient_checkpointing", False)]
+        if not able:
+            raise UserError(
+                "activation checkpointing needs a diffusers network that supports it, and these roles have none. Switch it off."
+            )
+        for network in able:
+            enable: Any = network.enable_gradient_checkpointing
+            enable(partial(checkpoint_in_role, network))  # a partial: deepcopy rebinds it to the copy of the network
+
+
+def build_roles(
+    teacher: Denoiser,
+    names: Sequence[str],
+    layout: Layout = "copies",
+    lora: LoraSpec | None = None,
+    template: Denoiser | None = None,
+    head: nn.Module | None = None,
+) -> Roles:
+    """Build the roles of a run. All start equal to the template; all require gradient until the first `train_only`.
+
+    Args:
+        teacher: in layout "shared" a denoiser with a network, which receives the adapters in place; else any denoiser.
+        names: the roles besides the teacher, e.g. ("student", "fake").
+        layout: "copies", each role a deep copy of the template's network, or "shared", one network and one adapter per role.
+        lora: which layers take adapters, and their ranks; None trains whole copies.
+        template: a denoiser with a network, from which copies are made: schedule, prediction type and start; None: the teacher.
+        head: discriminator head, trained under the name "head".
+    Raises:
+        UserError: the layout asks for what is not there (shared without lora, a network that holds adapters already, LoRA
+            targets that match nothing, a teacher without network and no template).
+    """
+    _check_names(names, lora)
+    if layout not in ("copies", "shared"):
+        raise unknown_name("layout", layout, ("copies", "shared"))
+    source: Any = teacher if template is None else template
+    network = _network(source)
+    if adapter_layers(network):
+        raise UserError(
+            "the network to build roles from holds adapters already; load it afresh, or merge them "
+            "(Roles.network_state) into a plain network first."
+        )
+    presets = getattr(getattr(source, "family", None), "lora_targets", {})
+
+    denoisers: dict[str, Denoiser] = {}
+    trained: dict[str, dict[str, nn.Parameter]] = {}
+    if layout == "shared":
+        if lora is None:
+            raise UserError(
+                "layout 'shared' keeps one network and tells roles apart by adapters, so it needs lora settings. "
+                "Set lora, or use layout 'copies'."
+            )
+        if _network_or_none(teacher) is not network:
+            raise UserError(
+                "layout 'shared' takes the teacher to be the shared network with adapters off, so template and "
+                "teacher must hold one network. Leave template out, or use layout 'copies'."
+            )
+        if extra_inputs_of(network) is not None:
+            raise UserError("extra inputs belong to a network, and layout 'shared' has one for all roles. Use layout 'copies'.")
+        network.eval()
+        inject_adapters(network, names, lora, presets)
+        teacher = source.with_role(partial(role_context, network, None))
+        for name in names:
+            denoisers[name] = source.with_role(partial(role_context, network, name))
+            trained[name] = adapter_parameters(network, name)
+    else:
+        for name in names:
+            own = copy.deepcopy(network).eval().requires_grad_(False)
+            denoiser = source.with_network(own)
+            if lora is None:
+                trained[name] = _trainable(own)
+            else:
+                inject_adapters(own, (name,), lora, presets)
+                denoiser = denoiser.with_role(partial(role_context, own, name))
+                extra = extra_inputs_of(own)
+                whole = {} if extra is None else {id(parameter) for parameter in extra.parameters()}
+                trained[name] = adapter_parameters(own, name) | {
+                    key: parameter for key, parameter in own.named_parameters() if id(parameter) in whole
+                }
+            denoisers[name] = denoiser
+    _freeze(teacher)
+    if head is not None:
+        trained[HEAD] = dict(head.named_parameters())
+    roles = Roles(teacher, denoisers, trained, layout, lora, head)
+    roles.train_only(tuple(trained))
+    return roles
+
+
+class Shadow:
+    """The exponential moving average of what is trained in a role: shadow <- decay shadow + (1 - decay) role.
+
+    Starts at the role's weights, without warm-up, and is kept in float32 or wider: at decay 0.9999 a half-precision average
+    would not move.
+
+    Attributes:
+        decay: in [0, 1); 0 follows the role.
+    """
+
+    def __init__(self, roles: Roles, name: str, decay: float) -> None:
+        self._parameters, self._name, self.decay = roles.named_parameters(name), name, decay
+        self._shadow = {key: parameter.detach().to(_wide(parameter), copy=True) for key, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the role's weights of now."""
+        _lerp(list(self._shadow.values()), [parameter.data for parameter in self._parameters.values()], self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of the averaged tensors under the names of `Roles.state`, float32 or wider."""
+        return {key: tensor.clone() for key, tensor in self._shadow.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Write averaged tensors, e.g. from a checkpoint; names and shapes must fit exactly."""
+        _check(self._shadow, state, f"the average of role {self._name!r}")
+        for key, tensor in self._shadow.items():
+            tensor.copy_(state[key])
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.float32, tensor.dtype)
+
+
+def _lerp(targets: list[Tensor], sources: list[Tensor], decay: float) -> None:
+    """Do target <- decay target + (1 - decay) source in place, computed in float32 or wider; the dtypes of targets stay."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be in [0, 1]; got {decay}.")
+    if not targets:
+        return
+    wide_targets = [target.to(_wide(target)) for target in targets]  # the target itself where it is wide already
+    wide_sources = [source.to(wide) for source, wide in zip(sources, wide_targets, strict=True)]
+    torch._foreach_mul_(wide_targets, decay)
+    torch._foreach_add_(wide_targets, wide_sources, alpha=1 - decay)
+    for target, wide in zip(targets, wide_targets, strict=True):
+        if wide is not target:
+            target.copy_(wide)
+
+
+def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError unless `given` has the names and shapes of `own`."""
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unknown:
+        hint = did_you_mean(unknown[0], own) if unknown else ""
+        raise ValueError(
+            f"the state does not fit {where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}) and "
+            f"{len(unknown)} are unknown ({', '.join(unknown[:3])}).{hint} It comes from other LoRA targets, "
+            "another layout or another network."
+        )
+    for key, tensor in own.items():
+        if given[key].shape != tensor.shape:
+            raise ValueError(
+                f"the state does not fit {where}: {key} must have shape {tuple(tensor.shape)}; got "
+                f"{tuple(given[key].shape)}. Adapters must have the same rank."
+            )
+
+
+def _check_names(names: Sequence[str], lora: LoraSpec | None) -> None:
+    """Raise UserError for role names that cannot be."""
+    taken = {"teacher", HEAD}
+    bad = [name for name in names if name in taken or not name.isidentifier() or hasattr(nn.ModuleDict, name)]
+    if bad or len(set(names)) != len(names) or not names:
+        raise UserError(f"roles need distinct plain names other than {sorted(taken)}; got {list(names)}.")
+    for name in () if lora is None else lora.ranks:
+        if name not in names:
+            raise unknown_name("role", name, names, "lora.ranks")
+
+
+def _network_or_none(denoiser: Any) -> nn.Module | None:
+    """Return the network at the bottom of a denoiser, through views that hold another as `inner`; None for an oracle."""
+    while not isinstance(getattr(denoiser, "network", None), nn.Module):
+        denoiser = getattr(denoiser, "inner", None)
+        if denoiser is None:
+            return None
+    return denoiser.network
+
+
+def _network(denoiser: Any) -> nn.Module:
+    """Return the network a denoiser is made of; UserError where roles cannot be made of it."""
+    if not isinstance(getattr(denoiser, "network", None), nn.Module) or not hasattr(denoiser, "with_network"):
+        raise UserError(f"{type(denoiser).__name__} has no network to make roles of; give build_roles a template that has one.")
+    return denoiser.network
+
+
+def _freeze(teacher: Denoiser) -> None:
+    network = _network_or_none(teacher)
+    if network is not None:
+        network.eval().requires_grad_(False)
+
+
+def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters except those that are constants of the architecture."""
+    constant = {
+        id(parameter)
+        for module in network.modules()
+        if type(module).__name__ in _CONSTANT_MODULES
+        for parameter in module.parameters(recurse=False)
+    }
+    return {name: parameter for name, parameter in network.named_parameters() if id(parameter) not in constant}
