@@ -1,0 +1,153 @@
+"""How a model is sampled: one object for rollout, validation, evaluation and export.
+
+A `Sampler` is a time grid and a rule. Its states equal, step by step, those of the stock diffusers scheduler that
+`scheduler_config` describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from diffdistill.math import transfer
+from diffdistill.math.grids import TimeGrid
+from diffdistill.math.schedules import Coefficients
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.guidance import guided
+
+Rule = Literal["ddim", "renoise", "heun", "dpmpp_2m", "sde"]
+
+
+class DrawsNoise(Protocol):
+    """Anything that draws (B, *shape) standard normal noise: `Noise` or `BatchNoise`."""
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the next draw."""
+        ...
+
+
+class State(NamedTuple):
+    """One step of a trajectory: the state x_t at time t, and the clean estimate x0 made from it."""
+
+    t: float
+    x_t: Tensor
+    x0: Tensor
+
+
+class Estimate(NamedTuple):
+    """A clean estimate x0 (B, ...) and the point it was made at."""
+
+    x0: Tensor
+    point: Coefficients
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A time grid and the rule that carries a state along it.
+
+    Attributes:
+        grid: the times, noisiest first.
+        rule: "ddim" deterministic (stochastic with eta), "renoise" clean estimate then fresh noise (consistency,
+            LCM, DMD2), "heun", "dpmpp_2m" and "sde" for teachers.
+        eta: noise of "ddim" (diffusers' eta) and "sde"; 0 for none.
+        guidance: w counted from 1.
+        clip: bound on |x0| in every step, or None; few-step pixel models use 1.
+    """
+
+    grid: TimeGrid
+    rule: Rule = "ddim"
+    eta: float = 0.0
+    guidance: float = 1.0
+    clip: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps."""
+        return self.grid.num_steps
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image: Heun two a step but the last, guidance doubles."""
+        lands_clean = float(self.grid.times[-1]) <= self.grid.schedule.t_clean
+        calls = 2 * self.num_steps - int(lands_clean) if self.rule == "heun" else self.num_steps
+        return calls * (1 if self.guidance == 1 else 2)
+
+    def initial(self, noise: DrawsNoise, shape: tuple[int, ...]) -> Tensor:
+        """Return the state the sampler starts from: pure noise scaled to the first time's spread.
+
+        VP and flow models start at unit variance, as stock pipelines do; EDM at sigma_max.
+        """
+        return max(1.0, float(self.grid.schedule.sigma(self.grid.times[0]))) * noise.draw(shape)
+
+    def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
+        """Return x at the end of the grid, (B, *sample_shape), float32."""
+        x = self.initial(noise, denoiser.sample_shape)
+        return self._run(denoiser, x, noise, cond, self.num_steps, None)
+
+    def trajectory(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> tuple[list[State], Tensor]:
+        """Return every step's state and clean estimate, and the final sample."""
+        states: list[State] = []
+        x = self.initial(noise, denoiser.sample_shape)
+        x = self._run(denoiser, x, noise, cond, self.num_steps, states.append)
+        return states, x
+
+    def advance(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition, num_steps: int) -> Tensor:
+        """Return the state after the first `num_steps` steps: what the network sees next at inference."""
+        x = self.initial(noise, denoiser.sample_shape)
+        return self._run(denoiser, x, noise, cond, num_steps, None)
+
+    def _run(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        noise: DrawsNoise,
+        cond: Condition,
+        num_steps: int,
+        record: Callable[[State], None] | None,
+    ) -> Tensor:
+        net = guided(denoiser, self.guidance)
+        times = self.grid.times.to(x.device)
+        last: Estimate | None = None
+        for i, (t_float, r_float) in enumerate(islice(self.grid.pairs(), num_steps)):
+            t, r = times[i].expand(len(x)), times[i + 1].expand(len(x))
+            now = Estimate(self._denoise(net, x, t, cond), self.grid.schedule.coefficients(t))
+            if record is not None:
+                record(State(t_float, x, now.x0))
+            if r_float <= self.grid.schedule.t_clean:
+                x = now.x0  # every rule ends in its estimate: all that is left of x_t is sigma_r = 0 times it
+            elif self.rule == "heun":
+                x = transfer.heun(lambda y, s: self._denoise(net, y, s, cond), x, t, r, self.grid.schedule, now.x0)
+            else:
+                x = self._step(x, now, last, self.grid.schedule.coefficients(r), noise)
+            last = now
+        return x
+
+    def _denoise(self, net: Denoiser, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        x0 = net(x, t, cond).x0
+        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
+
+    def _step(self, x: Tensor, now: Estimate, last: Estimate | None, r: Coefficients, noise: DrawsNoise) -> Tensor:
+        """Carry x one step by a rule that needs no further network call."""
+        shape = tuple(x.shape[1:])
+        if self.rule == "renoise":
+            return transfer.renoise_x0(now.x0, noise.draw(shape), r)
+        if self.rule == "dpmpp_2m":
+            x0_last, point_last = last if last is not None else (None, None)
+            return transfer.dpmpp_2m(x, now.x0, x0_last, now.point, r, point_last)
+        if self.rule == "sde":
+            return transfer.sde(x, now.x0, noise.draw(shape), now.point, r, self.eta)
+        if self.eta > 0:
+            return transfer.ddim_eta(x, now.x0, noise.draw(shape), now.point, r, self.eta)
+        return transfer.ddim(x, now.x0, now.point, r)
+
+    def scheduler_config(self, training: Mapping[str, Any]) -> dict[str, Any]:
+        """Return class name and full config of the stock scheduler with the same states; see `sampling.stock`."""
+        from diffdistill.sampling.stock import scheduler_config
+
+        return scheduler_config(self, training)
