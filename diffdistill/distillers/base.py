@@ -1,0 +1,163 @@
+"""What a distillation method is to the rest of the program.
+
+A method declares the roles and data it needs, says who is updated at a step and in which order, and turns a batch into a
+loss. It never calls an optimiser, a logger or `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.roles import Roles
+from diffdistill.sampling.sampler import Sampler
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's settings: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Turn(NamedTuple):
+    """One update inside a step: its name, and the roles whose parameters it trains."""
+
+    name: str
+    trains: tuple[str, ...]
+
+
+class Needs(NamedTuple):
+    """What a method asks of the engine.
+
+    Attributes:
+        data: "images" for clean states, "labels" when conditions are enough (data-free).
+        trained: roles with an optimiser.
+        frozen: further roles that follow another one (EMA target, earlier stage).
+        pairs: whether stored teacher pairs (noise, x0) are read.
+        head: whether a discriminator head exists, as role "head"; it is trained in the turns that name it.
+    """
+
+    data: Literal["images", "labels"]
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+    pairs: bool = False
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Stored teacher pairs: the noise an image was made from, and the image. (B, ...), float32."""
+
+    noise: Tensor
+    x0: Tensor
+    cond: Condition
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        cond: condition of B rows.
+        x0: clean states (B, *sample_shape), latents where the model has a codec; None for data-free methods.
+        pairs: stored teacher pairs, or None.
+        carry: tensors that an earlier turn of the same step and micro-batch handed on, without graph.
+    """
+
+    cond: Condition
+    x0: Tensor | None = None
+    pairs: PairBatch | None = None
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of samples, B."""
+        return self.cond.batch_size
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a turn returns.
+
+    Attributes:
+        total: 0-dim, with graph.
+        terms: named 0-dim values for the log, detached, never moved to the host here.
+        carry: tensors for later turns of the same step and micro-batch, detached.
+    """
+
+    total: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Where a turn's randomness comes from.
+
+    Attributes:
+        local: the micro-batch's own generator.
+        shared: a generator in the same state in every micro-batch and process of the step (for choices all must share).
+    """
+
+    local: torch.Generator
+    shared: torch.Generator
+
+    def normal(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """Return standard normal float32 noise of the given shape."""
+        return torch.randn(shape, generator=self.local, device=self.local.device)
+
+    def uniform(self, size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return `size` float64 numbers, uniform in [low, high)."""
+        return low + (high - low) * torch.rand(size, generator=self.local, device=self.local.device, dtype=torch.float64)
+
+    def integers(self, size: int, high: int) -> Tensor:
+        """Return `size` int64 numbers, uniform in 0..high-1."""
+        return torch.randint(high, (size,), generator=self.local, device=self.local.device)
+
+    def shared_integer(self, high: int) -> int:
+        """Return one number in 0..high-1, equal in every micro-batch and process; drawn on the CPU, so nothing waits."""
+        return int(torch.randint(high, (1,), generator=self.shared))
+
+
+class Distiller(ABC):
+    """A method. Concrete ones are final: variants are settings or other functions, not subclasses."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+
+    @classmethod
+    @abstractmethod
+    def needs(cls, config: Any) -> Needs:
+        """Return the roles and data the method uses under these settings."""
+
+    @abstractmethod
+    def __init__(self, config: Any, teacher: Denoiser, roles: Roles, total_steps: int) -> None:
+        """Hold the settings, the unguided teacher and the roles named by `needs`."""
+
+    @abstractmethod
+    def turns(self, step: int) -> tuple[Turn, ...]:
+        """Return who is updated at this step (counted from 0), in order."""
+
+    @abstractmethod
+    def loss(self, turn: Turn, batch: Batch, rng: Rng, step: int) -> Loss:
+        """Return the loss of one turn on one micro-batch; a function of its arguments and the roles' weights only."""
+
+    @abstractmethod
+    def sampler(self, num_steps: int) -> Sampler:
+        """Return how the student is sampled in `num_steps` steps."""
+
+    def after(self, turn: Turn, step: int) -> None:  # noqa: B027 (most methods have nothing to do)
+        """Act after the optimiser step of a turn: EMA targets and the like."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Act at the end of the stage: hand the student's weights to the next one's teacher, say."""

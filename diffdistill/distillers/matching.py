@@ -1,0 +1,122 @@
+"""What DMD and DMD2 share: the law of t, the rollout, the matching gradient, the fake network's loss.
+
+Distribution matching moves the student's output x_g along the difference of two scores, of the student's distribution
+(learnt online by the fake network) and of the data (the teacher). In x0 form
+s_fake - s_real = (alpha / sigma^2)(D_fake - D_real), so the gradient on x_g is a weight times (D_fake - D_real).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffdistill.distillers.base import Rng
+from diffdistill.math import losses, transfer, weighting
+from diffdistill.math.prediction import Prediction
+from diffdistill.math.schedules import EDMSchedule, Schedule
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.sampling.noise import BatchNoise
+from diffdistill.sampling.sampler import Sampler
+
+FakeLossKind = Literal["network", "epsilon", "v_prediction", "sample", "flow_prediction", "edm"]
+FakeLoss = Annotated[
+    FakeLossKind,
+    Field(
+        description="output type whose squared error trains the fake network: 'network' for its own; 'edm' is the x0 error with "
+        "weight sigma^-2 + 4, for EDM networks"
+    ),
+]
+
+
+class Noised(NamedTuple):
+    """States carried to a noise level: x_t (B, ...) at t (B,)."""
+
+    x_t: Tensor
+    t: Tensor
+
+
+def diffusion_time(schedule: Schedule, u: Tensor) -> Tensor:
+    """Return the time of a share u in [0, 1] of the noising process, (B,) float64.
+
+    VP: from timestep 0 to T-1, the integers of the papers continued; flow and Trig: linear in t, for a shifted flow the
+    time before the shift, so that the shift acts on the law; EDM: Karras' ramp with rho = 7, whose 1000 points DMD2
+    indexes uniformly.
+    """
+    if isinstance(schedule, EDMSchedule):
+        low, high = schedule.sigma_min ** (1 / 7), schedule.t_max ** (1 / 7)
+        return (low + u * (high - low)) ** 7
+    first = max(schedule.t_clean, 0.0)  # VP networks never saw times below 0
+    return first + u * (schedule.t_max - first)
+
+
+def noised(x0: Tensor, schedule: Schedule, rng: Rng, low: float = 0.0, high: float = 1.0) -> Noised:
+    """Carry clean states to times whose share of the process is uniform in [low, high); noise is fresh."""
+    t = diffusion_time(schedule, rng.uniform(len(x0), low, high))
+    eps = rng.normal(x0.shape).to(x0.dtype)
+    return Noised(transfer.add_noise(x0, eps, schedule.coefficients(t)), t)
+
+
+def student_input(student: Denoiser, sampler: Sampler, cond: Condition, rng: Rng, step: int) -> Tensor:
+    """Return what the student sees at step `step` of inference, (B, ...), without graph: backward simulation.
+
+    Source: DMD2 (arXiv:2405.14867), Sec. 4.5. The states are the sampler's own, for they are made by it.
+    """
+    with torch.no_grad():
+        return sampler.advance(student, BatchNoise(cond.batch_size, rng.local), cond, step)
+
+
+def generate(student: Denoiser, sampler: Sampler, x_t: Tensor, cond: Condition, step: int) -> Tensor:
+    """Return x_g, the student's clean output at the sampler's step `step`: the one pass that may carry a graph."""
+    t = sampler.grid.times[step].to(x_t.device).expand(len(x_t))
+    return student(x_t, t, cond).x0
+
+
+def wide_x0(prediction: Prediction) -> Tensor:
+    """Return x0 computed in float64: near pure noise 1 / alpha magnifies rounding, and two of these are subtracted."""
+    p = prediction
+    return Prediction(p.kind, p.raw.double(), p.x_t.double(), p.alpha, p.sigma).x0
+
+
+@torch.no_grad()
+def matching_gradient(
+    x_g: Tensor,
+    state: Noised,
+    real: Denoiser,
+    fake: Denoiser,
+    cond: Condition,
+    normaliser: losses.Normaliser = "abs_mean",
+    factor: Tensor | None = None,
+) -> Tensor:
+    """Return the gradient on x_g, factor (D_fake - D_real) / N with N = mean |x_g - D_real|, (B, ...), dtype of x_g.
+
+    Args:
+        x_g: clean student outputs; their graph is not used.
+        state: x_g noised.
+        real: the teacher, under guidance if any; `fake` is never guided.
+        normaliser: "abs_mean" divides by N per sample, "none" does not.
+        factor: further weight, (B,); alpha in DMD, none in DMD2.
+    Source: DMD (arXiv:2311.18828), Eq. 7 and 8; the reference code of DMD2 for the x0 form.
+    """
+    x0_real = wide_x0(real(state.x_t, state.t, cond))
+    x0_fake = wide_x0(fake(state.x_t, state.t, cond))
+    return losses.dmd_gradient(x_g, x0_real=x0_real, x0_fake=x0_fake, normaliser=normaliser, factor=factor).to(x_g.dtype)
+
+
+def fake_loss(fake: Denoiser, x_g: Tensor, state: Noised, cond: Condition, kind: FakeLossKind) -> Tensor:
+    """Return the fake network's denoising loss per sample, (B,).
+
+    Args:
+        fake: the network, one pass.
+        x_g: the student's clean output, what it should find at `state`.
+        kind: output type whose error is squared, "network" for its own, the weight it was trained with; "edm" for
+            sigma^-2 + 1 / 0.5^2. Whatever the weight, the optimum is the posterior mean of the student's outputs.
+    """
+    prediction = fake(state.x_t, state.t, cond)
+    kind = prediction.kind if kind == "network" else kind  # type: ignore[assignment]
+    point = (prediction.alpha, prediction.sigma)
+    weight = weighting.edm(*point) if kind == "edm" else weighting.of_kind(kind, *point)
+    return losses.fake_score_loss(prediction.x0, x_g, weight)

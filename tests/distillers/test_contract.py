@@ -1,0 +1,238 @@
+"""What every method owes the engine, on real diffusers networks, as copies and as adapters of one network."""
+
+import itertools
+
+import pytest
+import torch
+from distiller_support import rng, vp
+
+from diffdistill.distillers import registry
+from diffdistill.distillers.base import Batch, PairBatch
+from diffdistill.models.adapters import LoraSpec
+from diffdistill.models.condition import Condition
+from diffdistill.models.families.dit import DiT
+from diffdistill.models.families.unet2d import UNet2D
+from diffdistill.models.heads import build_head
+from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.roles import build_roles
+
+SIZE, CLASSES = 4, 3
+METHODS = {
+    "progressive": ("progressive", {"guidance": 2.0}),
+    "cd": ("consistency", {"solver": "heun", "ema_decay": 0.9, "guidance": (1.0, 3.0), "grid": {"kind": "karras"}}),
+    "ict": (
+        "consistency",
+        {
+            "mode": "training",
+            "curriculum": {"kind": "ict"},
+            "distance": "huber_vector",
+            "weighting": "inverse_gap",
+            "noise_law": "lognormal",
+        },
+    ),
+    "lcm-like": (
+        "consistency",
+        {"grid": {"kind": "index"}, "distance": "huber_elementwise", "guidance": 2.0, "guidance_interval": (0.2, 5.0)},
+    ),
+    "dmd2": ("dmd2", {"student_steps": 2, "guidance": 2.0}),
+    "dmd2-gan": ("dmd2", {"student_steps": 2, "gan": {"generator_weight": 0.1}}),
+    "dmd2-gan-fake": ("dmd2", {"student_steps": 2, "gan": {"features": "fake"}, "initial": "data"}),
+    "dmd": ("dmd", {}),
+}
+
+
+def teacher(family):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if family == "unet2d":
+            from diffusers import UNet2DModel
+
+            network = UNet2DModel(
+                sample_size=8,
+                in_channels=1,
+                out_channels=1,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                norm_num_groups=4,
+                attention_head_dim=8,
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                num_class_embeds=CLASSES + 1,
+            )
+        else:
+            from diffusers import DiTTransformer2DModel
+
+            network = DiTTransformer2DModel(
+                sample_size=8,
+                in_channels=1,
+                out_channels=1,
+                patch_size=4,
+                num_layers=2,
+                num_attention_heads=2,
+                attention_head_dim=8,
+                num_embeds_ada_norm=CLASSES,
+                norm_num_groups=4,
+            )
+            torch.nn.init.normal_(network.proj_out_2.weight, std=0.1)
+    return NetworkDenoiser(network.eval(), UNet2D() if family == "unet2d" else DiT(), vp(), "v_prediction", (1, 8, 8))
+
+
+def build(method, layout, family):
+    name, values = METHODS[method]
+    cls = registry.get(name)
+    config = cls.Config(**values)
+    needs = cls.needs(config)
+    base = teacher(family)
+    lora = LoraSpec(rank=2, targets="all") if layout == "shared" else None
+    head = build_head(base, "mid", 8) if needs.head else None
+    if head is not None:  # a head that is not blind
+        torch.nn.init.normal_(head.logit.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    roles = build_roles(base, needs.trained + needs.frozen, layout, lora, head=head)
+    for role in needs.trained + needs.frozen:  # fresh adapters: B = 0 makes the gradient of A vanish; move off that point
+        offset = torch.Generator().manual_seed(len(role))
+        for p in roles.parameters(role):
+            p.data += 0.02 * torch.randn(p.shape, generator=offset)
+    return needs, roles, cls(config, roles.teacher, roles, 100)
+
+
+def batch(needs, carry=None):
+    generator = torch.Generator().manual_seed(1)
+    cond = Condition.labels(torch.tensor([0, 1, 2, 0]), CLASSES)
+    images, noise = (torch.randn(SIZE, 1, 8, 8, generator=generator).clamp(-1, 1) for _ in range(2))
+    return Batch(
+        cond, images if needs.data == "images" else None, PairBatch(noise, images, cond) if needs.pairs else None, carry or {}
+    )
+
+
+def weights(roles, needs):
+    trained = {name: roles.state(name) for name in (*needs.trained, *needs.frozen, *(("head",) if needs.head else ()))}
+    base = {key: value.clone() for key, value in roles.teacher.network.state_dict().items() if "lora_" not in key}
+    return base, trained
+
+
+def answer(roles):
+    cond = Condition.labels(torch.tensor([0, 1, 2, 0]), CLASSES)
+    x = torch.linspace(-1, 1, SIZE * 64).reshape(SIZE, 1, 8, 8)
+    with torch.no_grad():
+        return roles.teacher(x, torch.full((SIZE,), 500.0, dtype=torch.float64), cond).raw
+
+
+def gradients(roles, names):
+    return {(name, key): p.grad for name in names for key, p in roles.named_parameters(name).items()}
+
+
+CASES = list(itertools.product(METHODS, ("copies", "shared"), ("unet2d", "dit")))
+
+
+@pytest.mark.parametrize(("method", "layout", "family"), CASES)
+def test_every_method_keeps_the_contract(method, layout, family):
+    needs, roles, distiller = build(method, layout, family)
+    teacher_before = answer(roles)
+    base_before, _ = weights(roles, needs)
+    everyone = (*needs.trained, *needs.frozen, *(("head",) if needs.head else ()))
+    carry = {}
+    for turn in distiller.turns(0):
+        roles.train_only(turn.trains)
+        assert set(turn.trains) <= {*needs.trained, "head"}
+
+        # Finite, and the same for the same randomness.
+        loss = distiller.loss(turn, batch(needs, carry), rng(3), 0)
+        again = distiller.loss(turn, batch(needs, carry), rng(3), 0)
+        other = distiller.loss(turn, batch(needs, carry), rng(4), 0)
+        assert loss.total.ndim == 0 and bool(loss.total.isfinite())
+        assert torch.equal(loss.total, again.total) and not torch.equal(loss.total, other.total)
+        assert all(v.ndim == 0 and not v.requires_grad for v in loss.terms.values()) and loss.terms
+        assert not any(v.requires_grad for v in loss.carry.values())
+
+        # Gradients where declared and nowhere else.
+        loss.total.backward()
+        found = gradients(roles, everyone)
+        assert all(g is None for (name, _), g in found.items() if name not in turn.trains)
+        for name in turn.trains:
+            own = [g for (role, _), g in found.items() if role == name]
+            assert any(g is not None and float(g.abs().max()) > 0 for g in own), name
+            assert all(g is None or bool(g.isfinite().all()) for g in own)
+
+        # A small step down the gradient lowers the loss at the same randomness, by what the gradient says.
+        surrogate = distiller.name in ("dmd", "dmd2") and turn.name == "student"  # its value is no distance
+        square = sum(float((g**2).sum()) for g in found.values() if g is not None)
+        rate = min(1e-3, 1e-4 * max(float(loss.total.detach()), 1e-3) / square)
+        with torch.no_grad():
+            for name in turn.trains:
+                for p in roles.parameters(name):
+                    if p.grad is not None:
+                        p -= rate * p.grad
+                        p.grad = None
+        if not surrogate:
+            fixed = distiller.loss(turn, batch(needs, carry), rng(3), 0)
+            assert float(fixed.total) < float(loss.total)
+        distiller.after(turn, 0)
+        carry = {**carry, **loss.carry}
+    distiller.finish()
+
+    # The teacher is what it was, bit for bit.
+    base_after, _ = weights(roles, needs)
+    assert all(torch.equal(base_before[key], base_after[key]) for key in base_before)
+    assert torch.equal(answer(roles), teacher_before)
+    sampler = distiller.sampler(2)
+    assert sampler.num_steps == 2 and sampler.guidance == 1
+
+
+@pytest.mark.parametrize("family", ["unet2d", "dit"])
+def test_a_blind_discriminator_costs_two_log_two_and_teaches_the_student_nothing(family):
+    needs, roles, distiller = build("dmd2-gan", "copies", family)
+    torch.nn.init.zeros_(roles.head.logit.weight)
+    student, fake = distiller.turns(0)
+    roles.train_only(student.trains)
+    loss = distiller.loss(student, batch(needs), rng(), 0)
+    assert float(loss.terms["adversarial"]) == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    loss.total.backward()
+    with_gan = [p.grad.clone() if p.grad is not None else None for p in roles.parameters("student")]
+
+    no_weight = type(distiller)(distiller.config.model_copy(update={"gan": None}), roles.teacher, roles, 100)
+    for p in roles.parameters("student"):
+        p.grad = None
+    no_weight.loss(student, batch(needs), rng(), 0).total.backward()
+    for g, p in zip(with_gan, roles.parameters("student"), strict=True):
+        assert (g is None) == (p.grad is None) and (g is None or torch.equal(g, p.grad))
+
+    roles.train_only(fake.trains)
+    loss = distiller.loss(fake, batch(needs), rng(), 0)
+    assert float(loss.terms["discriminator"]) == pytest.approx(2 * torch.log(torch.tensor(2.0)).item())
+
+
+def test_the_adversarial_loss_pulls_the_student_up_the_heads_logit():
+    needs, roles, distiller = build("dmd2-gan", "copies", "unet2d")
+    student = distiller.turns(0)[0]
+    only_gan = distiller.config.model_copy(update={"gan": distiller.config.gan.model_copy(update={"generator_weight": 1e6})})
+    distiller = type(distiller)(only_gan, roles.teacher, roles, 100)
+    roles.train_only(student.trains)
+    before = distiller.loss(student, batch(needs), rng(), 0)
+    before.total.backward()
+    square = sum(float((p.grad**2).sum()) for p in roles.parameters("student") if p.grad is not None)
+    with torch.no_grad():
+        for p in roles.parameters("student"):
+            if p.grad is not None:
+                p -= 1e2 / square * p.grad  # lowers 1e6 x the adversarial term by about 100
+    after = distiller.loss(student, batch(needs), rng(), 0)
+    gain = float(before.terms["adversarial"] - after.terms["adversarial"])
+    assert gain == pytest.approx(1e-4, rel=0.3)
+
+
+def test_shared_adapters_have_the_gradients_of_copies_with_adapters():
+    spec = LoraSpec(rank=2, targets="all")
+    found = {}
+    for layout in ("copies", "shared"):
+        roles = build_roles(teacher("unet2d"), ("student", "fake"), layout, spec)
+        for role in ("student", "fake"):
+            generator = torch.Generator().manual_seed(len(role))
+            for p in roles.parameters(role):
+                p.data += 0.02 * torch.randn(p.shape, generator=generator)
+        cls = registry.get("dmd2")
+        distiller = cls(cls.Config(student_steps=2, guidance=2.0), roles.teacher, roles, 10)
+        roles.train_only(("student",))
+        distiller.loss(distiller.turns(0)[0], batch(cls.needs(distiller.config)), rng(), 0).total.backward()
+        found[layout] = {key: p.grad for key, p in roles.named_parameters("student").items()}
+    assert found["copies"].keys() == found["shared"].keys()
+    for key, gradient in found["copies"].items():
+        torch.testing.assert_close(found["shared"][key], gradient, atol=1e-7, rtol=1e-5)
