@@ -1,0 +1,64 @@
+"""Early signs of the known collapses, read off the student's samples beside the teacher's from equal noise.
+
+Saturation and contrast rise when guidance or adversarial losses overdo it and fall when a student averages; diversity falls
+when modes are dropped; a fake network that lags behind its student pushes it in stale directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffdistill.math import transfer
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+
+SATURATED = 0.98
+LAG_LEVELS = (0.25, 0.5, 0.75)  # shares of the noising process at which the fake network is asked
+
+
+def saturation(images: Tensor) -> float:
+    """Return the share of values with |x| > 0.98, of images in [-1, 1]."""
+    return float((images.abs() > SATURATED).double().mean())
+
+
+def contrast(images: Tensor) -> float:
+    """Return the mean over the images of the standard deviation of their values."""
+    return float(images.double().flatten(1).std(1, correction=0).mean())
+
+
+def diversity(images: Tensor, labels: Tensor | None) -> float:
+    """Return the mean RMS distance of two images of one class; over all pairs where there are no labels.
+
+    NaN when no class has two images.
+    """
+    flat = images.double().flatten(1)
+    distance = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
+    same = torch.ones_like(distance, dtype=torch.bool) if labels is None else labels[:, None] == labels[None, :]
+    same.fill_diagonal_(False)
+    return float(distance[same.to(distance.device)].mean())
+
+
+def figures(images: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """Return the three figures of a set of images (B, C, H, W) in [-1, 1]."""
+    return {"saturation": saturation(images), "contrast": contrast(images), "diversity": diversity(images, labels)}
+
+
+@torch.no_grad()
+def fake_lag(fake: Denoiser, teacher: Denoiser, samples: Tensor, cond: Condition, generator: torch.Generator) -> float:
+    """Return mean |D_fake(x_s) - x_g| / mean |D_teacher(x_s) - x_g| over noise levels, for the student's samples x_g.
+
+    A fake network that follows its student denoises the student's samples better than the teacher does: below 1. Above 1
+    it is worse than no training at all.
+    """
+    errors = torch.zeros(2, dtype=torch.float64)
+    schedule = teacher.schedule
+    for level in LAG_LEVELS:
+        time = schedule.t_clean + level * (schedule.t_max - schedule.t_clean)
+        t = torch.full((len(samples),), time, dtype=torch.float64, device=samples.device)
+        noise = torch.randn(samples.shape, generator=generator).to(samples.device, samples.dtype)
+        x_t = transfer.add_noise(samples, noise, schedule.coefficients(t))
+        errors += torch.stack(
+            [(denoiser(x_t, t, cond).x0 - samples).abs().double().mean().cpu() for denoiser in (fake, teacher)]
+        )
+    return float(errors[0] / errors[1])

@@ -1,0 +1,301 @@
+"""The step of a stage: every turn's micro-batches forward and backward, one reduction, clip, update.
+
+The micro-batch is the unit of data and of randomness. Micro-batch m of step k has generators derived from (seed, stage, k, m,
+turn), so there is no random state to save, and the number of processes changes nothing but the order of a sum. Process r of
+W takes the micro-batches r, r + W, ...; gradients and logged values are summed by one all-reduce per turn.
+
+A step never waits for the device, with three exceptions: `Meter.read` and `Guard.check`, which the caller times, and an
+optimiser without a fused kernel (see `optimizers`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from diffdistill.data.batches import derive_seed
+from diffdistill.distillers.base import Batch, Distiller, Loss, Rng, Turn
+from diffdistill.training.optimizers import RoleOptimizer
+from diffdistill.training.stopping import Diverged
+
+
+class Feed(Protocol):
+    """Where micro-batches come from."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one step, over all processes."""
+        ...
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """Return a micro-batch; a function of its arguments alone."""
+        ...
+
+
+class Trainable(Protocol):
+    """What the engine asks of `Roles`."""
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """Let gradients flow into these roles' parameters and no others."""
+        ...
+
+
+class Average(Protocol):
+    """An average of a role's weights: `Shadow`."""
+
+    def update(self) -> None:
+        """Take in the weights of now."""
+        ...
+
+
+class Meter:
+    """Means over the steps since the last reading, summed on the device in float64. Skipped turns do not count."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # names -> (len(names) + 1,): the sums, and how many were added
+
+    def add(self, names: tuple[str, ...], values: Tensor, counts: Tensor) -> None:
+        """Add values (len(names),) where the 0-dim bool `counts` is true."""
+        row = torch.where(counts, torch.cat([values.double(), values.new_ones(1, dtype=torch.float64)]), 0.0)
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
+
+    def read(self) -> dict[str, float]:
+        """Return the means and start again; a name whose every turn was skipped is left out. Waits for the device."""
+        totals: dict[str, list[float]] = {}
+        for names, row in self.state():
+            for name, value in zip(names, row, strict=False):
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += value
+                total[1] += row[-1]
+        self._sums = {}
+        return {name: value / count for name, (value, count) in totals.items() if count}
+
+    def state(self) -> list[tuple[list[str], list[float]]]:
+        """Return what was added so far, for a checkpoint; a resumed run then logs the same line. Waits for the device."""
+        if not self._sums:
+            return []
+        rows = iter(torch.cat(list(self._sums.values())).tolist())
+        return [(list(names), [next(rows) for _ in range(len(names) + 1)]) for names in self._sums]
+
+    def load_state(self, state: Sequence[tuple[Sequence[str], Sequence[float]]], device: torch.device) -> None:
+        """Take over what `state` returned."""
+        self._sums = {tuple(names): torch.tensor(row, dtype=torch.float64, device=device) for names, row in state}
+
+
+class Guard:
+    """Counts turns whose loss or gradient was not finite, on the device. Their updates were skipped.
+
+    Args:
+        limit: a turn skipped more than this often in a row stops the run.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._counts: dict[str, Tensor] = {}  # turn -> (2,) int64: in a row, in all
+
+    def add(self, turn: str, skipped: Tensor, excused: Tensor | None = None) -> None:
+        """Count a turn; `excused` (fp16 while its scale is being found) leaves the row of failures as it is."""
+        in_a_row, total = self._counts.get(turn, torch.zeros(2, dtype=torch.int64, device=skipped.device)).unbind()
+        longer = torch.where(skipped, in_a_row + 1, 0)
+        if excused is not None:
+            longer = torch.where(skipped & excused, in_a_row, longer)
+        self._counts[turn] = torch.stack([longer, total + skipped])
+
+    def read(self) -> dict[str, list[int]]:
+        """Return turn -> [skipped in a row, skipped in all]. Waits for the device."""
+        if not self._counts:
+            return {}
+        return dict(zip(self._counts, torch.stack(list(self._counts.values())).tolist(), strict=True))
+
+    def load_state(self, state: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        """Take over what `read` returned."""
+        self._counts = {turn: torch.tensor(list(row), device=device) for turn, row in state.items()}
+
+    def check(self) -> int:
+        """Return the number of turns skipped in all. Waits for the device.
+
+        Raises:
+            Diverged: a turn was skipped more than `limit` times in a row.
+        """
+        counts = self.read()
+        for turn, (in_a_row, _) in counts.items():
+            if in_a_row > self.limit:
+                raise Diverged(
+                    f"the loss or a gradient of turn {turn!r} was not finite {in_a_row} times in a row "
+                    f"(guard.max_nonfinite_steps is {self.limit}). These updates were skipped, so the weights are "
+                    "still finite, but training goes nowhere. Lower the learning rate or the guidance, clip "
+                    "gradients, or use precision bf16 or fp32."
+                )
+        return sum(total for _, total in counts.values())
+
+
+class Engine:
+    """One stage: its method, optimisers and data. `step` trains one step of it.
+
+    Args:
+        distiller: the method.
+        roles: their gradients are switched by turn.
+        optimizers: by role, every role that a turn trains.
+        feed: micro-batches.
+        accelerator: accelerate's; owns device, processes, autocast and the fp16 loss scale.
+        seed, stage: what the generators are derived from, with the step.
+        clip_grad_norm: each role's gradient is scaled down to this norm; None for no clipping.
+        guard: counts skipped turns.
+        averages: role -> its average, updated after each step that trained the role.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        roles: Trainable,
+        optimizers: Mapping[str, RoleOptimizer],
+        feed: Feed,
+        accelerator: Any,
+        *,
+        seed: int,
+        stage: int,
+        clip_grad_norm: float | None,
+        guard: Guard,
+        averages: Mapping[str, Average] | None = None,
+    ) -> None:
+        self.distiller, self.roles, self.optimizers, self.feed = distiller, roles, optimizers, feed
+        self.accelerator, self.device = accelerator, accelerator.device
+        self.seed, self.stage, self.clip_grad_norm = seed, stage, clip_grad_norm
+        self.guard, self.meter, self.averages = guard, Meter(), averages or {}
+        self.micros = range(accelerator.process_index, feed.num_micro_batches, accelerator.num_processes)
+        assert len(self.micros) > 0, "every process needs a micro-batch; see data_feed.micro_batch_size"
+        self.stop_votes = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._checked: set[Turn] = set()
+        self._autocast = _autocast_options()
+
+    def step(self, step: int, stop: bool = False) -> None:
+        """Train step `step` of the stage, counted from 0; `stop` tells every process that this one was asked to stop."""
+        batches = {micro: self.feed.batch(step, micro) for micro in self.micros}
+        trained: set[str] = set()
+        for index, turn in enumerate(self.distiller.turns(step)):
+            self._turn(index, turn, step, batches, stop and index == 0)
+            self.distiller.after(turn, step)
+            trained |= set(turn.trains)
+        for role in sorted(trained & self.averages.keys()):
+            self.averages[role].update()
+
+    def stop_agreed(self) -> bool:
+        """Return whether a process was asked to stop; equal in all of them after a step. Waits for the device."""
+        return bool(self.stop_votes > 0)
+
+    def state(self) -> dict[str, Any]:
+        """Return counters for the checkpoint, plain numbers; weights and moments are saved apart. Waits for the device."""
+        scaler = self.accelerator.scaler
+        return {
+            "meter": self.meter.state(),
+            "guard": self.guard.read(),
+            "loss_scale": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.meter.load_state(state["meter"], self.device)
+        self.guard.load_state(state["guard"], self.device)
+        if state["loss_scale"] is not None:
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
+
+    def _turn(self, index: int, turn: Turn, step: int, batches: dict[int, Batch], stop: bool) -> None:
+        optimizers = [self.optimizers[role] for role in turn.trains]
+        self.roles.train_only(turn.trains)
+        for optimizer in optimizers:
+            optimizer.inner.zero_grad(set_to_none=True)
+
+        # 1. Forward and backward, one graph at a time
+        names, values = (), torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro in self.micros:
+            rng = self._rng(step, micro, index)
+            with self.accelerator.autocast(self._autocast):
+                loss = self.distiller.loss(turn, batches[micro], rng, step)
+            self.accelerator.backward(loss.total / self.feed.num_micro_batches)
+            if loss.carry:
+                batches[micro] = dataclasses.replace(batches[micro], carry={**batches[micro].carry, **loss.carry})
+            names = (f"{turn.name}/total", *(f"{turn.name}/{term}" for term in sorted(loss.terms)))
+            values = values + _values(loss) / self.feed.num_micro_batches
+            del loss  # its graph must be gone before the next one is built
+        self._check_reached(turn)
+
+        # 2. One sum over the processes
+        values = torch.cat([values, values.new_full((1,), float(stop))])
+        values = self._reduce(optimizers, values)
+        self.stop_votes += values[-1]
+
+        # 3. Update, unless something is not finite; the decision stays on the device
+        norms, excused = [], None
+        if self.accelerator.scaler is not None:
+            excused = self.accelerator.scaler._scale > 1  # an overflow at a larger scale is the scale's, not the loss's
+            for optimizer in optimizers:
+                self.accelerator.scaler.unscale_(optimizer.inner)
+        for optimizer in optimizers:
+            norm = get_total_norm([parameter.grad for parameter in optimizer.parameters])  # type: ignore[misc]
+            if self.clip_grad_norm is not None:
+                clip_grads_with_norm_(optimizer.parameters, self.clip_grad_norm, norm)
+            norms.append(norm.double())
+        checked = torch.stack([values[0], *norms])
+        finite = checked.isfinite().all()
+        found_inf = (~finite).to(torch.float32)
+        for optimizer in optimizers:
+            optimizer.step(step, found_inf)
+            optimizer.inner.zero_grad(set_to_none=True)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
+        # 4. What is logged
+        self.guard.add(turn.name, ~finite, excused)
+        names = (*names, *(f"{turn.name}/grad_norm_{role}" for role in turn.trains))
+        self.meter.add(names, torch.cat([values[:-1], checked[1:]]), finite)
+
+    def _rng(self, step: int, micro: int, turn: int) -> Rng:
+        key = (self.seed, "stage", self.stage, step)
+        torch.manual_seed(derive_seed(*key, "global", micro, turn))  # for a network that draws by itself, e.g. dropout
+        local = torch.Generator(self.device).manual_seed(derive_seed(*key, "local", micro, turn))
+        return Rng(local, torch.Generator().manual_seed(derive_seed(*key, "shared", turn)))
+
+    def _check_reached(self, turn: Turn) -> None:
+        """Refuse a role that no gradient reaches, which trains silently into nothing. Once per turn and stage."""
+        if turn in self._checked:
+            return
+        for role in turn.trains:
+            if all(parameter.grad is None for parameter in self.optimizers[role].parameters):
+                raise RuntimeError(
+                    f"turn {turn.name!r} of method {self.distiller.name!r} trains {role!r}, but no gradient "
+                    "reached it. Either the loss does not use the role, or its graph was cut on the way."
+                )
+        self._checked.add(turn)
+
+    def _reduce(self, optimizers: Sequence[RoleOptimizer], values: Tensor) -> Tensor:
+        """Sum gradients and values over the processes in one all-reduce; a missing gradient counts as zero everywhere."""
+        parameters = [parameter for optimizer in optimizers for parameter in optimizer.parameters]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes == 1:
+            return values
+        grads = [parameter.grad for parameter in parameters]
+        # accelerator.reduce would copy the buffer once more; the process group is accelerate's
+        flat = torch.cat([grad.reshape(-1) for grad in grads] + [values.to(grads[0].dtype)])
+        torch.distributed.all_reduce(flat)
+        *parts, total = flat.split([grad.numel() for grad in grads] + [len(values)])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+        return total.double()
+
+
+def _values(loss: Loss) -> Tensor:
+    terms = [loss.total.detach(), *(loss.terms[name] for name in sorted(loss.terms))]
+    return torch.stack([term.double() for term in terms])
+
+
+def _autocast_options() -> Any:
+    """Switch autocast's cache of weights off: older torch reuses a cast made under no_grad with grad, which cuts the graph."""
+    from accelerate.utils import AutocastKwargs
+
+    return AutocastKwargs(cache_enabled=False)

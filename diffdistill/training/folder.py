@@ -1,0 +1,164 @@
+"""The folder of a run: who may write in it, what lies where, and whether a run may go on there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from diffdistill.config import RunConfig, dump_config
+from diffdistill.errors import UserError
+from diffdistill.files import hash_json, write_atomic, write_json
+from diffdistill.training import checkpoint
+
+LIBRARIES = ("diffdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
+
+
+class RunFolder:
+    """config.yaml, environment.json, metrics.jsonl, tensorboard/, samples/, checkpoints/ and the file `lock`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.pairs = path / "pairs.safetensors"
+        self._lock: IO[str] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run in this folder got as far as a checkpoint or a logged step; before that nothing can be lost."""
+        return bool(checkpoint.available(self.checkpoints)) or (self.metrics.is_file() and self.metrics.stat().st_size > 0)
+
+    def check(self, config: RunConfig, resume: bool) -> None:
+        """Refuse a folder in which this run may not start or go on. Reads only.
+
+        Raises:
+            UserError: another run, other files, or a config that differs; names every differing field.
+        """
+        if not self.config.is_file():
+            if self.path.is_dir() and any(path.name != "lock" for path in self.path.iterdir()):
+                raise UserError(f"{self.path} holds files that are not of a run. Choose another output.")
+            return
+        if not self.has_begun:
+            return
+        if not resume:
+            raise UserError(f"{self.path} already holds a run. Go on with it by --resume, or choose another output.")
+        if changed := differences(yaml.safe_load(self.config.read_text(encoding="utf-8")), comparable(config)):
+            raise UserError(
+                f"the config differs from the one {self.path} was started with:\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nResume with the old values, or start a new run in another output."
+            )
+
+    def lock(self) -> None:
+        """Take the folder for this process until it ends or `unlock` is called.
+
+        Raises:
+            UserError: another process trains in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it, however the process ends
+        except BlockingIOError as error:
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            handle.close()
+            raise UserError(f"{owner} is training in {self.path}. Wait for it, stop it, or choose another output.") from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()}\n")
+        handle.flush()
+        self._lock = handle
+
+    def unlock(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def begin(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
+        """Write config and environment; a resumed run adds its environment to the list. Call with the lock held."""
+        checkpoint.remove_leftovers(self.checkpoints)
+        sessions = []
+        if self.has_begun:
+            sessions = json.loads(self.environment.read_bytes()) if self.environment.is_file() else []
+        else:  # an attempt that failed at once may have left another config, and pairs made by it
+            self.pairs.unlink(missing_ok=True)
+            write_atomic(self.config, dump_config(config))
+        write_json(self.environment, [*sessions, {**environment(), **facts}])
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, and one cut short by a kill, so that a resumed run writes none twice."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:
+                continue
+        write_atomic(self.metrics, "".join(f"{line}\n" for line in kept))
+
+
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """Return the config as the plain values that its YAML reads back as."""
+    return yaml.safe_load(dump_config(config))
+
+
+def config_hash(config: RunConfig) -> str:
+    """Return the SHA-256 of a config without its output, so that a run folder may be moved."""
+    return hash_json({key: value for key, value in comparable(config).items() if key != "output"})
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Return "place: old -> new" for every differing value of two configs; `output` may differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            if place or key != "output"
+            for line in differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line for index, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{place}.{index}")
+        ]
+    return [] if old == new else [f"{place}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and hardware, as far as they may change a number."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            versions[library] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }

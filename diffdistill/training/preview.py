@@ -1,0 +1,142 @@
+"""The student beside the teacher while it trains: image grids from equal noise, drift figures, scores under a protocol."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffdistill.data.batches import derive_seed, keyed_generator
+from diffdistill.distillers.base import Distiller
+from diffdistill.evaluation.images import to_uint8
+from diffdistill.files import write_atomic
+from diffdistill.math import grids
+from diffdistill.models.loading import Teacher
+from diffdistill.models.roles import Roles
+from diffdistill.sampling.generate import Generate, image_generator
+from diffdistill.sampling.noise import Noise
+from diffdistill.sampling.sampler import Sampler
+from diffdistill.training import drift
+from diffdistill.training.stopping import Diverged
+
+TEACHER_STEPS = 50
+COLUMNS = 10
+PIXELS = 32  # an image is enlarged by a whole factor to about this edge
+
+
+class Preview:
+    """Samples of the same seeds and labels at every call, so that pictures of different steps can be laid side by side.
+
+    Args:
+        num: images.
+        seed: of the run.
+    """
+
+    def __init__(self, teacher: Teacher, num: int, seed: int) -> None:
+        self.teacher, self.seed = teacher, seed
+        self.seeds = [derive_seed(seed, "preview", k) for k in range(num)]
+        self.labels = None if teacher.num_classes is None else torch.arange(num) % teacher.num_classes
+
+    @functools.cached_property
+    def teacher_images(self) -> Tensor:
+        """The teacher's images, DDIM with its usual guidance; (N, C, H, W) in [-1, 1], made once."""
+        sampler = Sampler(grids.trailing(self.teacher.denoiser.schedule, TEACHER_STEPS), guidance=self.teacher.guidance)
+        return image_generator(self.teacher, self.teacher.denoiser, sampler)(self.seeds, self.labels)
+
+    def student_images(self, roles: Roles, sampler: Sampler) -> Tensor:
+        """Return the student's images, (N, C, H, W) in [-1, 1]; raises Diverged when they are not finite."""
+        return finite_generator(self.teacher, roles, sampler)(self.seeds, self.labels)
+
+    def figures(self, images: Tensor) -> dict[str, float]:
+        """Return the drift figures of the student's images and of the teacher's, as "drift/name" and "drift/name_teacher"."""
+        student, teacher = drift.figures(images, self.labels), drift.figures(self.teacher_images, self.labels)
+        return {f"drift/{name}": value for name, value in student.items()} | {
+            f"drift/{name}_teacher": value for name, value in teacher.items()
+        }
+
+    @torch.no_grad()
+    def fake_lag(self, roles: Roles, sampler: Sampler) -> float:
+        """Return `drift.fake_lag` on the student's own states, not its average's: it is the student the fake follows."""
+        cond = self.teacher.condition(self.labels, len(self.seeds))
+        states = sampler.sample(roles["student"], Noise(self.seeds, self.teacher.device), cond)
+        return drift.fake_lag(roles["fake"], roles.teacher, states, cond, keyed_generator(self.seed, "lag"))
+
+    def grid(self, images: Tensor) -> Tensor:
+        """Return a uint8 picture (C, H, W): a row of the teacher's images above a row of the student's, and so on."""
+        from diffdistill.evaluation.figures import image_grid
+
+        rows = [part for pair in zip(self.teacher_images.split(COLUMNS), images.split(COLUMNS), strict=True) for part in pair]
+        pixels = to_uint8(_padded(rows)).cpu().numpy()
+        scale = max(1, round(PIXELS / pixels.shape[-1]))
+        return torch.from_numpy(image_grid(pixels, scale=scale, columns=min(COLUMNS, len(self.seeds)))).permute(2, 0, 1)
+
+    def save(self, path: Path, images: Tensor) -> Tensor:
+        """Write the picture as PNG, atomically, and return it."""
+        from diffdistill.evaluation.figures import png
+
+        picture = self.grid(images)
+        write_atomic(path, png(picture.permute(1, 2, 0).numpy()))
+        return picture
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """Return the rows end to end, each filled up with black to the length of the first, so that a grid keeps them apart."""
+    width = len(rows[0])
+    return torch.cat([torch.cat([row, row.new_full((width - len(row), *row.shape[1:]), -1)]) for row in rows])
+
+
+def finite_generator(teacher: Teacher, roles: Roles, sampler: Sampler) -> Generate:
+    """Return the generator of the student's images, which raises Diverged for images that are not finite."""
+    inner = image_generator(teacher, roles["student"], sampler)
+
+    def generate(seeds: list[int], labels: Tensor | None) -> Tensor:
+        images = inner(seeds, labels)
+        if not images.isfinite().all():
+            raise Diverged("the student makes images that are not finite. Lower the learning rate, or clip gradients.")
+        return images
+
+    return generate
+
+
+class Validation:
+    """Scores of the student under a protocol; extractor and reference are built once.
+
+    Args:
+        protocol: a name or a YAML file.
+        steps: student step counts to score.
+    """
+
+    def __init__(self, teacher: Teacher, protocol: str, steps: tuple[int, ...]) -> None:
+        from diffdistill.evaluation.features import load_extractor
+        from diffdistill.evaluation.protocol import load_protocol
+        from diffdistill.evaluation.reference import build_reference
+
+        self.teacher, self.steps, self.protocol = teacher, steps, load_protocol(protocol)
+        self.extractor = load_extractor(self.protocol.extractor)
+        self.reference = build_reference(self.protocol, self.extractor)
+
+    def scores(self, roles: Roles, distiller: Distiller) -> dict[str, float]:
+        """Return "eval/metric@steps" -> value, and as "fid" the FID at the first step count, by which the best is kept."""
+        from diffdistill.evaluation.evaluate import evaluate
+
+        found: dict[str, float] = {}
+        for count in self.steps:
+            sampler = distiller.sampler(count)
+            result = evaluate(
+                finite_generator(self.teacher, roles, sampler),
+                self.protocol,
+                nfe=sampler.nfe,
+                num_steps=count,
+                extractor=self.extractor,
+                reference=self.reference,
+            )
+            found |= {f"eval/{name}@{count}": summary.mean for name, summary in result.values.items()}
+        return found | ({"fid": found[key]} if (key := f"eval/fid@{self.steps[0]}") in found else {})
+
+
+def numbers(values: Mapping[str, float]) -> str:
+    """Return values for a line on the screen."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,111 @@
+"""Several processes give what one gives: gloo on the CPU."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from tiny_runs import DRIVER, METHODS, Nursery, run_config, run_values, save_teacher
+
+from diffdistill.training import checkpoint
+from diffdistill.training.run import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "t")
+
+
+def weights(folder):
+    return checkpoint.newest(folder / "checkpoints")[0].tensors
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[group][key].double() - b[group][key].double()).abs().max()) for group in a for key in a[group])
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
+    sgd = {"name": "sgd", "lr": 0.05}
+    stages = [
+        {"steps": 2, "method": METHODS["progressive"], "optimizers": {"student": sgd}},
+        {"steps": 4, "method": METHODS["dmd2"], "optimizers": dict.fromkeys(("student", "fake", "head"), sgd)},
+    ]
+    changes = {"stages": stages, "micro_batch_size": 2, "ema": None}
+    train(run_config(teacher, tmp_path / "one", **changes), progress=False)
+    config = write(tmp_path / "two.yaml", run_values(teacher, tmp_path / "two", **changes))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "driver.py"),
+        str(config),
+    ]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step 6/6") == 1  # only the main process speaks
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert largest_difference(one, two) < 1e-6  # four float32 terms in another order
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        timeless = set(a) - {"seconds", "steps_per_sec"}
+        assert {key: b[key] for key in timeless} == pytest.approx({key: a[key] for key in timeless}, rel=1e-4)
+    session = json.loads((tmp_path / "two" / "environment.json").read_text())[0]
+    assert session["processes"] == 2
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, tmp_path):
+    config = write(tmp_path / "run.yaml", run_values(teacher, tmp_path / "run", steps=100000))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    nursery = Nursery()
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    processes = [
+        nursery.start(
+            logs[rank],
+            config,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (logs[0].exists() and "step 2/" in logs[0].read_text()):
+        time.sleep(0.05)
+    os.kill(processes[1], signal.SIGTERM)
+    codes = [nursery.wait(process) for process in processes]
+    nursery.close()
+    outputs = [log.read_text() for log in logs]
+    assert codes == [0, 0], outputs
+    found = checkpoint.newest(tmp_path / "run" / "checkpoints")[0]
+    assert all(f"after step {found.step} of 100000" in output for output in outputs)
+    assert all(value.isfinite().all() for value in found.tensors["role-student"].values() if isinstance(value, torch.Tensor))
