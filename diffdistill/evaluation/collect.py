@@ -1,0 +1,73 @@
+"""One pass over images that feeds every metric: features in fixed blocks, whatever the caller's batches are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffdistill.evaluation.features import FeatureExtractor, Features
+from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
+from diffdistill.evaluation.metrics import Sample
+from diffdistill.evaluation.moments import Moments
+
+IMAGES_PER_BLOCK = 500
+
+
+class Collector:
+    """Takes uint8 images in batches of any size and returns the `Sample` that they make.
+
+    The extractor always sees blocks of IMAGES_PER_BLOCK consecutive images: kernels of another batch size round float32
+    sums differently, and the result would then depend on how the generator was batched.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, groups: Tensor, keep_features: bool = True):
+        """Prepare for len(groups) images; groups is int64 (N,), the jackknife group of each, numbered from 0."""
+        self.extractor, self.groups, self.keep_features = extractor, groups, keep_features
+        self.moments = Moments(extractor.dim, int(groups.max()) + 1)
+        self.waiting: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.pixels: list[Tensor] = []
+        self.count = 0
+
+    def add(self, images: Tensor) -> None:
+        """Take the next images, uint8 (B, C, H, W); raises ValueError when there are more than were announced."""
+        check_uint8_images(images, self.extractor.channels, self.extractor.size)
+        if self.count + len(images) > len(self.groups):
+            raise ValueError(f"{len(self.groups)} images were announced; got {self.count + len(images)} or more.")
+        self.count += len(images)
+        self.pixels.append(pixel_statistics(images))
+        self.waiting.append(images)
+        waiting = torch.cat(self.waiting)
+        while len(waiting) >= IMAGES_PER_BLOCK:
+            self._extract(waiting[:IMAGES_PER_BLOCK])
+            waiting = waiting[IMAGES_PER_BLOCK:]
+        self.waiting = [waiting]
+
+    def finish(self, labels: Tensor | None) -> Sample:
+        """Return the sample; labels are int64 (N,) or None. Raises ValueError when images are missing."""
+        if self.count < len(self.groups):
+            raise ValueError(f"{len(self.groups)} images were announced; got {self.count}.")
+        for rest in self.waiting:
+            if len(rest):
+                self._extract(rest)
+        self.waiting = []
+        features = torch.cat(self.features) if self.keep_features else None
+        logits = torch.cat(self.logits) if self.logits else None
+        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels))
+
+    def _extract(self, images: Tensor) -> None:
+        result: Features = self.extractor(images)
+        done = self.moments.count
+        self.moments.update(result.features, self.groups[done : done + len(images)])
+        if self.keep_features:
+            self.features.append(result.features.cpu())
+        if result.logits is not None:
+            self.logits.append(result.logits.cpu())
+
+
+def collect(extractor: FeatureExtractor, images: Tensor, labels: Tensor | None = None) -> Sample:
+    """Return the sample of one tensor of uint8 images (N, C, H, W), its moments in a single group."""
+    collector = Collector(extractor, torch.zeros(len(images), dtype=torch.int64))
+    collector.add(images)
+    return collector.finish(labels)

@@ -1,0 +1,131 @@
+"""Feature extractors: callables from uint8 images to features, in strict float32, identified by their weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.errors import unknown_name
+from diffdistill.evaluation.images import check_uint8_images
+
+DIGITS_FOLDER = Path(__file__).parents[1] / "assets" / "digits-classifier"
+
+
+class Features(typing.NamedTuple):
+    """What an extractor says of a batch: features float32 (B, d), and logits float32 (B, K) of a classifier or None."""
+
+    features: Tensor
+    logits: Tensor | None = None
+
+
+class FeatureExtractor(typing.Protocol):
+    """Uint8 images (B, C, H, W) to `Features`; the same images always give the same features."""
+
+    name: str
+    fingerprint: str  # hex sha256 of the weights; statistics made with another fingerprint are refused
+    dim: int  # d, the length of one feature vector
+    channels: int | None  # channels accepted, None for any
+    size: int | None  # side accepted, None for any
+
+    def __call__(self, images: Tensor) -> Features:
+        """Return the features of uint8 images (B, C, H, W)."""
+        ...
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Return the hex sha256 over name, dtype, shape and bytes of every parameter and buffer, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}|".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def strict_float32() -> Iterator[None]:
+    """No gradients, no autocast, no TF32: tensor-float products would move a Frechet distance in the third digit."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast("cuda", enabled=False),
+            torch.autocast("cpu", enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class DigitsExtractor:
+    """The embedded classifier of 8x8 digits: 64 penultimate features and 10 logits. No training may use it."""
+
+    name = "digits"
+    channels = 1
+    size = 8
+
+    def __init__(self, folder: str | Path = DIGITS_FOLDER, device: str | torch.device = "cpu"):
+        from diffdistill.evaluation.digits_net import DigitsNet
+
+        self.device = torch.device(device)
+        self.network = DigitsNet.load(folder).to(self.device, torch.float32).eval().requires_grad_(False)
+        self.dim = self.network.config.num_features
+        self.fingerprint = weights_fingerprint(self.network)
+
+    def __call__(self, images: Tensor) -> Features:
+        """Return features float32 (B, 64) and logits float32 (B, 10) of uint8 images (B, 1, 8, 8)."""
+        check_uint8_images(images, self.channels, self.size)
+        with strict_float32():
+            output = self.network(images.to(self.device))
+        return Features(output.features.float(), output.logits.float())
+
+
+@dataclass(frozen=True)
+class CallableExtractor:
+    """Any function from uint8 images (B, C, H, W) to features (B, d), or to (features, logits), as an extractor.
+
+    The fingerprint is the caller's word for the weights: a hex sha256, for a module `weights_fingerprint(module)`. Put
+    a module into eval mode first; gradients, autocast and TF32 are switched off here.
+    """
+
+    function: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+    name: str
+    fingerprint: str
+    dim: int
+    channels: int | None = None
+    size: int | None = None
+
+    def __call__(self, images: Tensor) -> Features:
+        """Return float32 features; raises ValueError where the function's result is not (B, d)."""
+        check_uint8_images(images, self.channels, self.size)
+        with strict_float32():
+            result = self.function(images)
+        features, logits = result if isinstance(result, tuple) else (result, None)
+        if tuple(features.shape) != (len(images), self.dim):
+            raise ValueError(
+                f"extractor {self.name!r} must return features ({len(images)}, {self.dim}); got {tuple(features.shape)}."
+            )
+        return Features(features.float(), None if logits is None else logits.float())
+
+
+EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {"digits": DigitsExtractor}
+
+
+def load_extractor(name: str, device: str | torch.device = "cpu") -> FeatureExtractor:
+    """Build the extractor of that name on a device.
+
+    Raises:
+        UserError: the name is not in EXTRACTORS (the message lists them), or its weights cannot be read.
+    """
+    if name not in EXTRACTORS:
+        raise unknown_name("feature extractor", name, EXTRACTORS)
+    return EXTRACTORS[name](device=device)

@@ -1,0 +1,137 @@
+"""What a number means: a frozen, hashable record of everything that decides it, apart from the images themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor
+
+from diffdistill.errors import UserError, did_you_mean, unknown_name
+from diffdistill.evaluation.metrics import METRICS
+from diffdistill.files import hash_json
+
+PROTOCOLS_FOLDER = Path(__file__).parent / "protocols"
+LABEL_STREAM = 1 << 40  # keeps the generator of an image's label apart from that of its noise
+
+
+class Protocol(BaseModel):
+    """How images are asked for, turned into features and scored. The batch size is no part: it must change nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="What the protocol is called; the only field that is not part of the hash.")
+    dataset: str = Field(description="The data set the images imitate.")
+    num_images: int = Field(ge=2, description="Images in one block of seeds.")
+    first_seeds: tuple[int, ...] = Field(min_length=1, description="First seed of each block; image i adds i to it.")
+    label_rule: Literal["balanced", "random"] = Field(
+        description="balanced: class i % num_classes for image i; random: uniform, from the image's own seed."
+    )
+    num_classes: int = Field(ge=1, description="Number of classes the labels run over; 1 for an unconditional model.")
+    uint8_rule: Literal["round"] = Field(description="round: round((clip(x) + 1) * 127.5), see images.to_uint8.")
+    extractor: str = Field(description="Name of the feature extractor, one of features.EXTRACTORS or the caller's own.")
+    reference: str = Field(description="Name of the set of real images, one of reference.REFERENCES.")
+    metrics: tuple[str, ...] = Field(min_length=1, description="Names in metrics.METRICS.")
+    jackknife_groups: int = Field(ge=2, description="Groups of images for the error of the Frechet distance.")
+    metric_seed: int = Field(ge=0, description="Seed of the random subsets inside metrics.")
+    numerics: Literal[1] = Field(1, description="Raised when the code of a metric starts to give other numbers.")
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in METRICS:
+                raise unknown_name("metric", name, METRICS)
+        if len(set(names)) < len(names):
+            raise ValueError(f"metrics names one twice: {', '.join(names)}.")
+        if {"kid", "kid_normalised"} <= set(names):
+            raise ValueError("metrics names kid and kid_normalised, which share their place in the result; keep one.")
+        return names
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Protocol:
+        starts = sorted(self.first_seeds)
+        if starts[0] < 0 or any(b - a < self.num_images for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError(
+                f"first_seeds must be non-negative and at least num_images={self.num_images} apart, or "
+                f"blocks share images; got {list(self.first_seeds)}."
+            )
+        if 2 * self.jackknife_groups > self.num_images:
+            raise ValueError(
+                f"jackknife_groups must be at most num_images / 2; got {self.jackknife_groups} for {self.num_images} images."
+            )
+        return self
+
+    @property
+    def hash(self) -> str:
+        """Hex sha256 of every field but the name: two numbers compare when it is equal."""
+        return hash_json(self.model_dump(mode="json", exclude={"name"}))
+
+    @property
+    def reference_hash(self) -> str:
+        """Hex sha256 of the fields that decide the reference statistics, shared by protocols that differ elsewhere."""
+        fields = {"dataset", "reference", "uint8_rule", "extractor", "numerics"}
+        return hash_json(self.model_dump(mode="json", include=fields))
+
+    def seeds(self, block: int) -> range:
+        """Return the seeds of the images of one block."""
+        first = self.first_seeds[block]
+        return range(first, first + self.num_images)
+
+    def labels(self, block: int) -> Tensor:
+        """Return the class asked for by each image of one block, int64 (num_images,)."""
+        if self.label_rule == "balanced":
+            return torch.arange(self.num_images) % self.num_classes
+        generator = torch.Generator()
+        drawn = [
+            torch.randint(self.num_classes, (), generator=generator.manual_seed(LABEL_STREAM + seed))
+            for seed in self.seeds(block)
+        ]
+        return torch.stack(drawn)
+
+    def groups(self) -> Tensor:
+        """Return the jackknife group of each image of a block, int64 (num_images,).
+
+        Neighbours share a group, i * G // N: with i % G a group would hold few classes under balanced labels.
+        """
+        return torch.arange(self.num_images) * self.jackknife_groups // self.num_images
+
+
+def protocol_names() -> list[str]:
+    """Return the names of the protocols that come with the package."""
+    return sorted(path.stem for path in PROTOCOLS_FOLDER.glob("*.yaml"))
+
+
+def load_protocol(name: str | Path) -> Protocol:
+    """Read a protocol that comes with the package by its name, or any by the path of its YAML file.
+
+    Raises:
+        UserError: no such protocol or file, not a mapping, or fields that are unknown, missing or wrong (all at once).
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name) not in protocol_names():
+            raise unknown_name("protocol", str(name), protocol_names())
+        path = PROTOCOLS_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no protocol file {path}. Write one, or name one of: {', '.join(protocol_names())}.")
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} must hold a mapping of fields; got {type(fields).__name__}.")
+    try:
+        return Protocol(**fields)
+    except ValidationError as error:
+        raise UserError(f"{path} is not a protocol:\n" + "\n".join(map(_explain, error.errors()))) from error
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(map(str, error["loc"])) or "protocol"
+    if error["type"] == "extra_forbidden":
+        return f"  {place}: unknown field.{did_you_mean(place, Protocol.model_fields)}"
+    return f"  {place}: {error['msg'].removeprefix('Value error, ')}"

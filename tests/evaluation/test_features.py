@@ -1,0 +1,72 @@
+"""Extractors: identity of the weights, strictness, and what they accept."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffdistill.errors import UserError
+from diffdistill.evaluation.features import (
+    CallableExtractor,
+    DigitsExtractor,
+    load_extractor,
+    strict_float32,
+    weights_fingerprint,
+)
+
+
+def test_fingerprint_follows_weights_and_names():
+    network = nn.Linear(3, 2)
+    before = weights_fingerprint(network)
+    assert weights_fingerprint(network) == before
+    with torch.no_grad():
+        network.weight[0, 0] += 1e-6
+    assert weights_fingerprint(network) != before
+    assert weights_fingerprint(nn.Sequential(network)) != weights_fingerprint(network)
+
+
+def test_digits_extractor_gives_float32_features_without_gradient():
+    extractor = load_extractor("digits")
+    result = extractor(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    assert (result.features.shape, result.features.dtype) == ((3, extractor.dim), torch.float32)
+    assert result.logits.shape == (3, 10)
+    assert not result.features.requires_grad
+    assert not extractor.network.training
+
+
+def test_autocast_around_the_extractor_changes_nothing():
+    extractor = DigitsExtractor()
+    images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    outside = extractor(images).features
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = extractor(images).features
+    assert torch.equal(inside, outside)
+
+
+def test_strict_float32_restores_the_precision_it_found():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with strict_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_digits_extractor_refuses_another_size():
+    with pytest.raises(ValueError, match=r"\(B, 1, 8, 8\)"):
+        DigitsExtractor()(torch.zeros(3, 1, 16, 16, dtype=torch.uint8))
+
+
+def test_unknown_extractor_lists_the_known():
+    with pytest.raises(UserError, match="Did you mean 'digits'"):
+        load_extractor("digit")
+
+
+def test_callable_extractor_checks_its_function():
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    flat = CallableExtractor(lambda x: x.flatten(1).double(), "flat", "0" * 64, dim=4)
+    assert flat(images).features.dtype == torch.float32
+    assert flat(images).logits is None
+    with pytest.raises(ValueError, match=r"\(3, 5\)"):
+        CallableExtractor(lambda x: x.flatten(1), "flat", "0" * 64, dim=5)(images)

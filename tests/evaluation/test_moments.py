@@ -1,0 +1,106 @@
+"""Streaming moments against numpy, and that parts add."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffdistill.evaluation.moments import Moments
+
+
+def samples(n=300, d=7, offset=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) @ mix + offset
+
+
+def streamed(x, groups=None, num_groups=1, batch=41):
+    moments = Moments(x.shape[1], num_groups)
+    for start in range(0, len(x), batch):
+        part = slice(start, start + batch)
+        moments.update(x[part], None if groups is None else groups[part])
+    return moments
+
+
+def assert_same(moments, x, tolerance=1e-12):
+    x = x.numpy()
+    np.testing.assert_allclose(moments.mean(), x.mean(0), rtol=tolerance, atol=tolerance)
+    covariance = np.cov(x, rowvar=False)
+    np.testing.assert_allclose(moments.covariance(), covariance, rtol=0, atol=tolerance * np.abs(covariance).max())
+
+
+@pytest.mark.parametrize("batch", [1, 41, 300])
+def test_streamed_moments_equal_numpy(batch):
+    x = samples(offset=3.0)
+    assert_same(streamed(x, batch=batch), x)
+
+
+def test_a_mean_a_hundred_million_times_the_spread_costs_no_digits():
+    # The data are exact multiples of 1/1024, so adding 1e8 loses nothing and the covariance must not change.
+    x = (samples() * 1024).round() / 1024
+    plain, far = streamed(x).covariance(), streamed(x + 1e8).covariance()
+    assert torch.allclose(far, plain, rtol=0, atol=1e-12 * float(plain.abs().max()))
+
+
+def test_parts_add_to_the_whole_although_their_shifts_differ():
+    x = torch.cat([samples(100, offset=-50.0), samples(120, offset=80.0, seed=1), samples(30, seed=2)])
+    parts = [streamed(part) for part in x.split([100, 120, 30])]
+    total = parts[0] + parts[1] + parts[2]
+    assert total.count == 250
+    assert_same(total, x)
+
+
+def test_adding_an_empty_part_changes_nothing():
+    x = samples()
+    for total in (streamed(x) + Moments(7), Moments(7) + streamed(x)):
+        assert_same(total, x)
+
+
+def test_adding_leaves_the_parts_alone():
+    one, two = streamed(samples()), streamed(samples(seed=1))
+    before = {key: value.clone() for key, value in one.state().items()}
+    (one + two).update(samples(seed=2))
+    assert all(torch.equal(before[key], value) for key, value in one.state().items())
+
+
+def test_leaving_out_a_group_equals_the_moments_of_the_others():
+    x = samples(offset=5.0)
+    groups = torch.arange(300) * 4 // 300
+    moments = streamed(x, groups, 4)
+    assert_same(moments, x)
+    for group in range(4):
+        assert_same(moments.without(group), x[groups != group])
+    assert moments.counts.tolist() == [75] * 4
+    assert moments.pooled().num_groups == 1
+    assert_same(moments.pooled(), x)
+
+
+def test_state_goes_through_tensors():
+    x = samples()
+    moments = Moments.from_state({key: value.clone() for key, value in streamed(x[:100]).state().items()})
+    moments.update(x[100:])
+    assert_same(moments, x)
+    assert Moments.from_state(Moments(3, 2).state()).num_groups == 2
+
+
+def test_float32_features_are_summed_in_float64():
+    x = samples(offset=1000.0).float()
+    assert_same(streamed(x), x.double())
+
+
+@pytest.mark.parametrize(
+    ("features", "groups"),
+    [
+        (torch.zeros(2, 3), None),
+        (torch.full((2, 4), float("nan")), None),
+        (torch.zeros(2, 4), torch.tensor([0, 1])),
+        (torch.zeros(2, 4), torch.tensor([0])),
+    ],
+)
+def test_wrong_samples_are_refused(features, groups):
+    with pytest.raises(ValueError):
+        Moments(4).update(features, groups)
+
+
+def test_covariance_of_one_sample_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        streamed(samples(1)).covariance()
