@@ -1,0 +1,125 @@
+"""`diffdistill.json`: everything one must know about an export to sample from it, and to check it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffdistill.errors import UserError
+from diffdistill.files import write_json
+
+MANIFEST = "diffdistill.json"
+REFERENCE = "reference.safetensors"
+SCHEMA_VERSION = 1
+
+Kind = Literal["merged", "peft"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Frozen):
+    """The model the student was distilled from."""
+
+    id: str = Field(description="the name it was loaded by: a hub id, a folder, or an embedded teacher's name")
+    path: str = Field(description="what from_pretrained takes: a hub id, or an absolute folder")
+    component_class: str = Field(description="diffusers class of the network")
+    weights_sha256: str = Field(
+        description="SHA-256 of the network's tensors as float32: for every name in order, the name, "
+        "the shape as text, and the bytes"
+    )
+
+
+class SchedulerRecord(_Frozen):
+    """The stock scheduler that makes the student's states."""
+
+    class_name: str
+    config: dict[str, Any] = Field(description="every field of the class, none left to a default")
+
+
+class Adapter(_Frozen):
+    """The LoRA of a peft export."""
+
+    rank: int
+    alpha: float = Field(description="alpha of training; the file holds alpha / rank inside lora_B, and lora_alpha = rank")
+    targets: tuple[str, ...] = Field(description="full names of the adapted layers")
+    num_tensors: int
+    scale_folded: bool = True
+
+
+class Check(_Frozen):
+    """One check of an export by stock diffusers."""
+
+    name: str
+    status: Literal["passed", "failed", "skipped", "not_run"]
+    error: float | None = Field(None, description="largest difference found, relative where the check says so")
+    detail: str = ""
+
+
+class Verification(_Frozen):
+    """What stock diffusers, in a process of its own, said about an export."""
+
+    passed: bool
+    checks: tuple[Check, ...]
+    seconds: float
+    versions: dict[str, str]
+
+    @property
+    def failure(self) -> Check | None:
+        """The check that failed, None when all hold."""
+        return next((check for check in self.checks if check.status == "failed"), None)
+
+    def __str__(self) -> str:
+        """Return one sentence."""
+        if self.failure:
+            return f"check {self.failure.name!r} failed: {self.failure.detail}"
+        done = [check for check in self.checks if check.status == "passed"]
+        worst = max((check.error for check in done if check.error is not None), default=0.0)
+        return f"{len(done)} checks passed in stock diffusers {self.versions.get('diffusers', '?')}; largest error {worst:.1e}"
+
+
+class Manifest(_Frozen):
+    """The contents of `diffdistill.json`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Kind = Field(description="merged: a whole pipeline folder; peft: an adapter folder for the base pipeline")
+    base: Base
+    pipeline_class: str = Field(description="stock diffusers class that samples from it")
+    pipeline_takes_lora: bool = Field(description="whether that class has load_lora_weights; decided by asking it")
+    component: str = Field(description="name of the network in the pipeline, unet or transformer")
+    scheduler: SchedulerRecord
+    step_counts: tuple[int, ...] = Field(description="numbers of steps the student was checked with")
+    timesteps: dict[str, list[float]] = Field(description="number of steps -> the scheduler's timesteps, in order")
+    guidance: float = Field(description="counted from 1; 1 is none, as for students with guidance inside")
+    prediction_type: str
+    sample_shape: tuple[int, ...] = Field(description="(C, H, W) of one state")
+    num_classes: int | None = None
+    adapter: Adapter | None = None
+    method: str = ""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict, description="path in the folder -> SHA-256, without this file")
+    verification: Verification | None = None
+
+    def write(self, folder: str | Path) -> None:
+        """Write `diffdistill.json` into an export folder."""
+        write_json(Path(folder) / MANIFEST, self.model_dump(mode="json"))
+
+    @staticmethod
+    def read(folder: str | Path) -> Manifest:
+        """Read `diffdistill.json` of an export folder.
+
+        Raises:
+            UserError: there is none, or it is not one of ours.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise UserError(f"{folder} is not an export: it has no {MANIFEST}.")
+        try:
+            return Manifest.model_validate_json(path.read_text())
+        except (ValidationError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
