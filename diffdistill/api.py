@@ -1,0 +1,319 @@
+"""The Python functions behind the verbs. The command line is a thin shell over these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.config import RunConfig, load_config, parse_config
+from diffdistill.doctor import doctor
+from diffdistill.errors import UserError
+from diffdistill.evaluation.compare import Comparison
+from diffdistill.evaluation.evaluate import Evaluation
+from diffdistill.export.manifest import Manifest, Verification
+from diffdistill.models.loading import load_teacher
+from diffdistill.preflight import check
+from diffdistill.targets import open_target, steps_of
+from diffdistill.training.run import LoadedRun, load_run, train
+from diffdistill.training.teacher import load_teacher_config
+
+__all__ = [
+    "check",
+    "compare",
+    "distill",
+    "doctor",
+    "evaluate",
+    "export",
+    "load_config",
+    "load_run",
+    "load_teacher",
+    "sample",
+    "train_teacher",
+    "verify",
+]
+
+IMAGES_PER_CALL = 500
+
+Config = RunConfig | Mapping[str, Any] | str | Path
+
+
+def as_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return a checked config from one, from a mapping as read from YAML, or from the path of a YAML file.
+
+    Raises:
+        UserError: mistakes in it, all at once; overrides for something that is not a file.
+    """
+    if isinstance(config, str | Path):
+        return load_config(config, overrides)
+    if overrides:
+        raise UserError("overrides change a YAML file; change the mapping itself, or use config.model_copy(update=...).")
+    return config if isinstance(config, RunConfig) else parse_config(config)
+
+
+def distill(config: Config, overrides: Sequence[str] = (), resume: bool = False, progress: bool = True) -> LoadedRun:
+    """Train a student and return it.
+
+    Args:
+        config: a RunConfig, a mapping, or the path of a YAML file.
+        overrides: for a file, "a.b=c" each.
+        resume: go on from the newest checkpoint of the run folder; the config must be the same.
+        progress: show a bar on a terminal, lines elsewhere.
+    Raises:
+        UserError: mistakes in the config, a teacher or data that do not fit, a run folder in use.
+    """
+    config = as_config(config, overrides)
+    train(config, resume=resume, progress=progress)
+    return load_run(config.output)
+
+
+def train_teacher(config: str | Path, output: str | Path, progress: bool = True) -> dict[str, Any]:
+    """Train an embedded kind of teacher, autoencoder or classifier from a YAML file; return what it recorded.
+
+    Raises:
+        UserError: mistakes in the file, or an output folder that exists.
+    """
+    from diffdistill.training import teacher
+
+    settings = load_teacher_config(config)
+    if Path(output).exists():
+        raise UserError(f"{output} exists already and is left as it is. Choose another folder with -o, or remove it.")
+    return teacher.train_teacher(settings, output, progress=progress)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images uint8 (N, C, H, W), the labels asked for (N,) or None, and the steps and network evaluations of each."""
+
+    images: Tensor
+    labels: Tensor | None
+    num_steps: int
+    nfe: int
+
+    def save_grid(self, path: str | Path, columns: int = 10, scale: int = 4) -> Path:
+        """Write the images as one PNG, `columns` a row, each pixel drawn `scale` wide."""
+        from diffdistill.evaluation.figures import image_grid, png
+        from diffdistill.files import write_atomic
+
+        return write_atomic(path, png(image_grid(self.images.cpu().numpy(), scale=scale, columns=columns)))
+
+
+def sample(
+    target: str | Path,
+    steps: int | None = None,
+    num: int = 16,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    guidance: float | None = None,
+    solver: str | None = None,
+    checkpoint: str | Path | None = None,
+) -> Samples:
+    """Make images; image k has seed + k and label k, so it is the same whatever the number asked for.
+
+    Args:
+        target: a run folder, an export, a pipeline folder, or an embedded teacher.
+        steps: network steps; None for what the model is meant for.
+        num: images.
+        labels: classes, repeated until there are enough; None for 0, 1, 2, ... in turn.
+        seed: of the first image.
+        guidance: scale counted from 1; None for what the model is meant for.
+        solver: of a teacher, one of `targets.SOLVERS`.
+        checkpoint: of a run; None for the newest.
+    Raises:
+        UserError: nothing to sample at target, labels out of range, or settings that do not fit it.
+    """
+    from diffdistill.evaluation.images import to_uint8
+
+    if num < 1:
+        raise UserError(f"num must be at least 1; got {num}.")
+    opened = open_target(target, solver, checkpoint)
+    classes = opened.teacher.num_classes
+    chosen = None
+    if classes is None and labels:
+        raise UserError(f"{target} is unconditional; leave the labels out.")
+    if classes is not None:
+        wrong = [label for label in labels or () if not 0 <= label < classes]
+        if wrong:
+            raise UserError(f"labels of {target} run from 0 to {classes - 1}; got {', '.join(map(str, wrong))}.")
+        cycle = list(labels or range(classes))
+        chosen = torch.tensor([cycle[k % len(cycle)] for k in range(num)])
+    sampler = opened.sampler(steps, guidance)
+    generate, parts = opened.generator(sampler), []
+    for start in range(0, num, IMAGES_PER_CALL):
+        stop = min(num, start + IMAGES_PER_CALL)
+        parts.append(generate(list(range(seed + start, seed + stop)), None if chosen is None else chosen[start:stop]))
+    return Samples(to_uint8(torch.cat(parts)), chosen, sampler.num_steps, sampler.nfe)
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    target: str | Path,
+    protocol: str = "digits",
+    steps: Sequence[int] = (),
+    guidance: float | None = None,
+    solver: str | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[int, Evaluation]:
+    """Score what a target makes, at each number of steps.
+
+    Args:
+        target: a run folder, an export, a pipeline folder, or an embedded teacher.
+        protocol: the name of one that comes with the package, or the path of its YAML file.
+        steps: numbers of network steps; empty for the one the model is meant for.
+        guidance, solver, checkpoint: as for `sample`.
+        progress: called with (what, images done, images in all).
+    Returns:
+        The evaluation by number of steps.
+    Raises:
+        UserError: unknown protocol or target, or a target that does not fit the protocol.
+    """
+    from diffdistill.evaluation.evaluate import evaluate as score
+    from diffdistill.evaluation.features import load_extractor
+    from diffdistill.evaluation.protocol import load_protocol
+    from diffdistill.evaluation.reference import build_reference
+
+    chosen = load_protocol(protocol)
+    opened = open_target(target, solver, checkpoint)
+    samplers = [opened.sampler(count, guidance) for count in dict.fromkeys(steps or (None,))]
+    extractor = load_extractor(chosen.extractor)
+    reference = build_reference(chosen, extractor)
+    found = {}
+    for sampler in samplers:
+
+        def report(done: int, total: int, what: str = f"{target}, {sampler.num_steps} steps") -> None:
+            if progress is not None:
+                progress(what, done, total)
+
+        found[sampler.num_steps] = score(
+            opened.generator(sampler),
+            chosen,
+            report,
+            nfe=sampler.nfe,
+            num_steps=sampler.num_steps,
+            extractor=extractor,
+            reference=reference,
+        )
+    return found
+
+
+def write_evaluations(name: str, evaluations: Mapping[int, Evaluation], folder: str | Path) -> Path:
+    """Write FOLDER/steps-N.json for each evaluation, and report.json and report.html of all; return the page's path."""
+    from diffdistill.evaluation.report import ReportData, write_report
+    from diffdistill.evaluation.table import Row
+    from diffdistill.files import write_json
+
+    folder = Path(folder)
+    for count, evaluation in evaluations.items():
+        write_json(folder / f"steps-{count}.json", evaluation.to_json())
+    first = next(iter(evaluations.values()))
+    rows = [Row.from_evaluation(name, evaluation) for evaluation in evaluations.values()]
+    points = [(row.nfe, row.fid) for row in rows if row.nfe and row.fid]
+    facts = {
+        "protocol": first.protocol["name"],
+        "protocol hash": first.protocol_hash,
+        "images": str(first.num_images),
+        "blocks of seeds": str(first.num_blocks),
+        "device": first.device,
+    }
+    return write_report(ReportData(f"Evaluation of {name}", rows, {name: points} if points else {}, facts=facts), folder)
+
+
+def load_evaluations(path: str | Path) -> dict[str, Evaluation]:
+    """Read evaluations: a JSON file of one, or a folder of steps-N.json as `diffdistill eval -o` writes it.
+
+    Returns:
+        evaluations by name, "FOLDER" or "FOLDER/FILE" without its ending.
+    Raises:
+        UserError: no such file, no evaluations in the folder, or a file of something else.
+    """
+    import json
+
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("steps-*.json"), key=lambda file: int(re.sub(r"\D", "", file.stem) or 0))
+        if not files:
+            raise UserError(f"{path} holds no evaluations (steps-*.json); `diffdistill eval TARGET -o {path}` writes them.")
+    found = {}
+    for file in files:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the evaluation {file}: {error}.") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{file} is not an evaluation: it holds a {type(values).__name__}.")
+        try:
+            found[str(path) if path.is_dir() and len(files) == 1 else str(file.with_suffix(""))] = Evaluation.from_json(values)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+    return found
+
+
+def compare(reports: Sequence[str | Path] | Mapping[str, Evaluation], force: bool = False) -> Comparison:
+    """Put evaluations side by side.
+
+    Args:
+        reports: files or folders that `diffdistill eval -o` wrote, or evaluations by name.
+        force: also those measured differently; the differences are then part of the result.
+    Raises:
+        UserError: nothing to compare, unreadable reports, or differences without force.
+    """
+    from diffdistill.evaluation.compare import compare as side_by_side
+
+    if not isinstance(reports, Mapping):
+        reports = {name: report for path in reports for name, report in load_evaluations(path).items()}
+    return side_by_side(reports, force=force)
+
+
+def export(
+    run: str | Path, output: str | Path, kind: str = "auto", steps: Sequence[int] = (), checkpoint: str | Path | None = None
+) -> Manifest:
+    """Write the student of a run as something stock diffusers loads, and verify it.
+
+    Args:
+        run: run folder.
+        output: folder to write; must not exist.
+        kind: "auto", "peft" (adapter only) or "merged" (a whole pipeline).
+        steps: the numbers of steps it is meant for; empty for the one it is trained for.
+        checkpoint: None for the newest.
+    Raises:
+        UserError: no run there, an output that exists, or a student that stock diffusers cannot carry.
+        MachineError: stock diffusers does not reproduce the student; nothing is written.
+    """
+    from diffdistill.export import export as write
+
+    for count in steps:
+        if count < 1:
+            raise UserError(f"steps must be at least 1; got {count}.")
+    if Path(output).exists():
+        raise UserError(f"{output} exists already and is left as it is. Choose another folder with -o, or remove it.")
+    loaded = load_run(run, checkpoint=checkpoint)
+    counts = tuple(steps) or (steps_of(loaded),)
+    return write(
+        loaded.teacher,
+        loaded.roles,
+        loaded.sampler(counts[0]),
+        output,
+        kind=kind,
+        step_counts=counts,
+        method=loaded.distiller.name,
+    )  # type: ignore[arg-type]
+
+
+def verify(folder: str | Path) -> Verification:
+    """Load an export with stock diffusers in a new process, compare tensors and outputs, and return every check.
+
+    Raises:
+        UserError: not an export.
+    """
+    from diffdistill.export import verify as check_export
+
+    return check_export(folder)

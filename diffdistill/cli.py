@@ -1,0 +1,388 @@
+"""The verbs. Each is a thin shell over a function of `diffdistill.api`; heavy modules are imported where a verb needs them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from diffdistill.errors import MachineError, UserError, unknown_name
+
+DEBUG = "DIFFDISTILL_DEBUG"
+USER, MACHINE, INTERRUPTED = 2, 1, 130
+
+Output = Annotated[Path, Parameter(alias="-o")]
+Json = Annotated[bool, Parameter(name="--json", help="Print machine-readable JSON, and nothing else, on standard output.")]
+Numbers = Annotated[tuple[int, ...], Parameter(consume_multiple=True)]
+
+app = App(
+    name="diffdistill",
+    help="Distil a diffusion or flow model into a few-step generator that stock diffusers loads.\n\n"
+    "Start with `diffdistill quickstart`. Exit status: 0 success, 2 a mistake in the input, 1 a failure of the machine. "
+    f"`--debug`, or {DEBUG}=1, shows tracebacks.",
+    default_parameter=Parameter(negative=(), show_default=True),
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,  # main() answers it
+    version_flags=["--version"],
+)
+
+
+@app.command(sort_key=0)
+def quickstart(*, short: bool = False, output: Output = Path("runs/quickstart")) -> int:
+    """Walk the whole way on the embedded digits: distil with three methods, compare, export, verify.
+
+    Args:
+        short: fewer steps and images, to see that everything runs.
+        output: folder of the report and the export.
+    """
+    from diffdistill.quickstart import run
+
+    run(output, short=short)
+    return 0
+
+
+@app.command(sort_key=1)
+def init(
+    recipe: str | None = None,
+    /,
+    *,
+    output: Output = Path("run.yaml"),
+    show: Annotated[bool, Parameter(name="--list", help="List the recipes instead.")] = False,
+    json: Json = False,
+) -> int:
+    """Write a commented config from a recipe.
+
+    Args:
+        recipe: name of a recipe.
+        output: YAML file to write; an existing one is left as it is.
+    """
+    from diffdistill import recipes
+
+    if show:
+        return list_("recipes", json=json)
+    if recipe is None:
+        raise UserError(
+            "name a recipe: `diffdistill init RECIPE -o run.yaml`. `diffdistill init --list` shows them. Known: "
+            f"{', '.join(recipes.recipe_names())}."
+        )
+    path = recipes.write_recipe(recipe, output)
+    verb = f"teacher {path} -o OUT" if recipe.startswith("teachers/") else f"check {path}"
+    print(f"wrote {path}. Next: diffdistill {verb}")
+    return 0
+
+
+@app.command(sort_key=2)
+def check(config: Path, /, *overrides: str, json: Json = False) -> int:
+    """Check a run before it starts: settings, teacher, data, samplers, export, memory, and a few real steps.
+
+    Args:
+        config: YAML file of the run.
+        overrides: a.b=c each, such as stages.0.steps=100.
+    """
+    from diffdistill.preflight import check as run
+
+    report = run(config, overrides)
+    _print_json(report.to_json()) if json else print(report.text())
+    return 0
+
+
+@app.command(sort_key=3)
+def train(config: Path, /, *overrides: str, resume: bool = False) -> int:
+    """Run a config. The run folder holds config, log, samples, checkpoints and report.
+
+    Args:
+        config: YAML file of the run.
+        overrides: a.b=c each, such as output=runs/second.
+        resume: go on from the newest checkpoint; the same command again after a stop.
+    """
+    from diffdistill.config import load_config
+    from diffdistill.training.run import train as run
+
+    settings = load_config(config, overrides)
+    run(settings, resume=resume)
+    return 0
+
+
+@app.command(sort_key=4)
+def teacher(config: Path, /, *, output: Output) -> int:
+    """Train a small teacher, autoencoder or classifier from a config such as configs/teachers/digits-unet.yaml.
+
+    Args:
+        config: YAML file.
+        output: folder to write; must not exist.
+    """
+    from diffdistill.api import train_teacher
+
+    train_teacher(config, output)
+    return 0
+
+
+@app.command(sort_key=5)
+def sample(
+    target: str,
+    /,
+    *,
+    steps: int | None = None,
+    num: int = 16,
+    labels: Numbers | None = None,
+    seed: int = 0,
+    guidance: float | None = None,
+    solver: str | None = None,
+    checkpoint: str | None = None,
+    output: Output = Path("grid.png"),
+) -> int:
+    """Make images and write them as one PNG grid.
+
+    Args:
+        target: a run folder, an export, a pipeline folder, or an embedded teacher.
+        steps: network steps; what the model is meant for when left out.
+        num: images.
+        labels: classes, repeated until there are enough; all in turn when left out.
+        seed: of the first image; image k has seed + k.
+        guidance: scale counted from 1; what the model is meant for when left out.
+        solver: of a teacher: ddim, heun, dpmpp_2m, unipc, or stock for the pipeline's own scheduler.
+        checkpoint: of a run; the newest when left out.
+        output: PNG file.
+    """
+    _png(output)
+    from diffdistill import api
+
+    images = api.sample(target, steps, num, labels, seed, guidance, solver, checkpoint)
+    images.save_grid(output)
+    print(f"wrote {output}: {num} images, {images.num_steps} steps, {images.nfe} network evaluations each")
+    return 0
+
+
+@app.command(name="eval", sort_key=6)
+def evaluate(
+    target: str,
+    /,
+    *,
+    protocol: str = "digits",
+    steps: Numbers = (),
+    guidance: float | None = None,
+    solver: str | None = None,
+    checkpoint: str | None = None,
+    output: Output | None = None,
+    json: Json = False,
+) -> int:
+    """Score what a target makes, at each number of steps.
+
+    Args:
+        target: a run folder, an export, a pipeline folder, or an embedded teacher.
+        protocol: name of a protocol (`list protocols`) or its YAML file.
+        steps: numbers of network steps; the one the model is meant for when left out.
+        guidance: scale counted from 1; what the model is meant for when left out.
+        solver: of a teacher: ddim, heun, dpmpp_2m, unipc, or stock for the pipeline's own scheduler.
+        checkpoint: of a run; the newest when left out.
+        output: folder for report.html, report.json and one steps-N.json each, which `compare` reads.
+    """
+    from diffdistill import api
+    from diffdistill.evaluation.table import Row, table
+
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; -o names a folder.")
+    found = api.evaluate(target, protocol, steps, guidance, solver, checkpoint, progress=_progress())
+    if output is not None:
+        api.write_evaluations(str(target), found, output)
+    if json:
+        _print_json({"target": target, "evaluations": [report.to_json() for report in found.values()]})
+    else:
+        print(table([Row.from_evaluation(str(target), report) for report in found.values()]))
+        print(f"wrote {output / 'report.html'}" if output is not None else "", end="\n" if output is not None else "")
+    return 0
+
+
+@app.command(sort_key=7)
+def compare(*reports: Path, force: bool = False, json: Json = False) -> int:
+    """Put evaluations side by side, if they measure the same thing.
+
+    Args:
+        reports: folders or steps-N.json files that `eval -o` wrote.
+        force: show them also where they were measured differently, and say so.
+    """
+    from diffdistill import api
+
+    found = api.compare(reports, force=force)
+    _print_json(found.to_json()) if json else print(found.text())
+    return 0
+
+
+@app.command(sort_key=8)
+def export(run: Path, /, *, output: Output, kind: str = "auto", steps: Numbers = (), checkpoint: str | None = None) -> int:
+    """Write the student of a run as something stock diffusers loads, with manifest, scheduler and card.
+
+    Args:
+        run: run folder.
+        output: folder to write; must not exist.
+        kind: auto, peft (adapter only) or merged (a whole pipeline).
+        steps: numbers of steps it is meant for; the one it is trained for when left out.
+        checkpoint: the newest when left out.
+    """
+    from diffdistill import api
+
+    manifest = api.export(run, output, kind, steps, checkpoint)
+    print(
+        f"wrote {output} ({manifest.kind}, {manifest.pipeline_class}): {manifest.verification}.\n"
+        f"{output / 'README.md'} says how to load it."
+    )
+    return 0
+
+
+@app.command(sort_key=9)
+def verify(folder: Path, /, *, json: Json = False) -> int:
+    """Load an export with stock diffusers in a new process, and compare tensors and outputs with the student.
+
+    Args:
+        folder: what `export` wrote.
+    """
+    from diffdistill import api, listing
+
+    found = api.verify(folder)
+    if json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        checks = [
+            {
+                "check": check.name,
+                "status": check.status,
+                "error": "" if check.error is None else f"{check.error:.1e}",
+                "detail": check.detail,
+            }
+            for check in found.checks
+        ]
+        print(f"{listing.columns(checks)}\n{folder}: {found}")
+    return 0 if found.passed else MACHINE
+
+
+@app.command(name="list", sort_key=10)
+def list_(what: Literal["methods", "teachers", "recipes", "protocols", "families"], /, *, json: Json = False) -> int:
+    """List what there is: methods, teachers, recipes, protocols or families.
+
+    Args:
+        what: one of these five.
+    """
+    from diffdistill import listing
+
+    rows = listing.rows(what)
+    _print_json(rows) if json else print(listing.columns(rows))
+    return 0
+
+
+@app.command(sort_key=11)
+def doctor(*, json: Json = False) -> int:
+    """Show versions, device, kernels, threads and disk, and check the shipped models."""
+    from diffdistill.doctor import doctor as run
+    from diffdistill.listing import flat
+
+    found = run()
+    if json:
+        _print_json(found)
+    else:
+        print("\n".join(f"{name:<18} {flat(value)}" for name, value in found.items() if name != "problems"))
+        print("\n".join(f"problem: {problem}" for problem in found["problems"]) or "no problems found")
+    return MACHINE if found["problems"] else 0
+
+
+# Printing
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    """Return a callback that shows progress on standard error: in place on a terminal, a line every ten seconds elsewhere."""
+    last = [time.monotonic()]
+
+    def show(what: str, done: int, total: int) -> None:
+        text = f"{what}: {done}/{total} images"
+        if sys.stderr.isatty():
+            print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif time.monotonic() - last[0] > 10:
+            last[0] = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _png(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise UserError(f"images are written as PNG; got {path}. Write -o {path.with_suffix('.png')}.")
+
+
+# Exit statuses
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; return the exit status, after one message on standard error where it is not 0."""
+    debug = "--debug" in arguments or os.environ.get(DEBUG, "0") not in ("", "0")
+    if not debug:
+        for library in ("DIFFUSERS", "TRANSFORMERS"):  # read when they are imported; their warnings speak to programmers
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    try:
+        result = app([word for word in arguments if word != "--debug"], exit_on_error=False, print_error=False)
+        return result if isinstance(result, int) else 0
+    except BaseException as error:  # every failure ends here: as one message, or as a traceback when asked
+        if debug and not isinstance(error, SystemExit | cyclopts.CycloptsError):
+            raise
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    """Print one message about an error and return the exit status."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted", INTERRUPTED)
+    if isinstance(error, UserError):
+        return _say(f"error: {error}", USER)
+    if isinstance(error, cyclopts.CycloptsError):
+        return _say(f"error: {_usage(error)}", USER)
+    if isinstance(error, MachineError):
+        return _say(f"failed: {error}", MACHINE)
+    kind = type(error).__name__
+    if kind == "Stopped":
+        return _say(str(error), 0)
+    if kind == "ValidationError":
+        return _say(f"error: {error}", USER)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it flushes
+        return MACHINE
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "the disk"
+        return _say(f"failed: no space left ({place}). Free some and run the same command again.", MACHINE)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _say(f"failed: {error.strerror}: {error.filename}", MACHINE)
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return _say(
+            "failed: out of memory. Set a smaller micro_batch_size (it must divide batch_size), precision: bf16, or "
+            "roles.layout: shared; `diffdistill check` shows what each role needs.",
+            MACHINE,
+        )
+    return _say(
+        f"failed: {kind}: {error}\nThis is a fault of the program, not of the input. Run the command again with "
+        "--debug for the traceback, and report it.",
+        MACHINE,
+    )
+
+
+def _usage(error: cyclopts.CycloptsError) -> str:
+    text = str(error)
+    if isinstance(error, cyclopts.UnknownCommandError):
+        verbs = sorted(name for name in app if not name.startswith("-"))
+        text = str(unknown_name("verb", text.split('"')[1], verbs))
+    return f"{text} `diffdistill --help` and `diffdistill VERB --help` show what there is."
+
+
+def _say(text: str, status: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return status

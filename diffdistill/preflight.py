@@ -1,0 +1,313 @@
+"""`diffdistill check`: what a run will do and need, found by running a few real steps of it in a folder that is thrown away."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from diffdistill.config import CheckpointConfig, LoggingConfig, RunConfig, StageConfig, load_config, parse_config
+from diffdistill.errors import UserError
+from diffdistill.export import plan
+from diffdistill.listing import columns
+from diffdistill.training.optimizers import OptimizerConfig
+from diffdistill.training.run import LoadedRun, load_run, train
+
+TRIED_STEPS = 6  # of each stage; the first pays for allocation and is not timed
+STEP_COUNTS = (1, 2, 4, 8)  # shown where a method serves any
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """How the student is sampled in a number of steps.
+
+    Attributes:
+        steps, nfe: network steps and evaluations an image.
+        rule: the sampler's.
+        times: where the network is asked, noisiest first.
+        scheduler: the stock scheduler with the same states, or None.
+        refused: why there is none, '' where there is one.
+        trained: whether the method is trained for this number.
+    """
+
+    steps: int
+    nfe: int
+    rule: str
+    times: list[float]
+    scheduler: str | None
+    refused: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What a role adds to memory: numbers of parameters, and bytes. Activations come on top."""
+
+    role: str
+    parameters: int
+    trained: int
+    weights_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A stage: steps, what it trains, and the time of a step, by which the whole stage is estimated."""
+
+    stage: int
+    method: str
+    steps: int
+    trains: list[str]
+    ms_per_step: float
+    minutes: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found; there is one only where the run can start."""
+
+    teacher: dict[str, Any]
+    data: dict[str, Any]
+    stages: list[StageRow]
+    samplers: list[SamplerRow]
+    memory: list[MemoryRow]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return the report for a terminal."""
+        total = MemoryRow(
+            "all", *(sum(getattr(row, name) for row in self.memory) for name in list(MemoryRow.__dataclass_fields__)[1:])
+        )
+        parts = {
+            "teacher": columns([self.teacher]),
+            "data": columns([self.data]),
+            f"stages (time of a step measured over {TRIED_STEPS - 1})": columns([asdict(row) for row in self.stages]),
+            "student's sampler": columns([_shown(row) for row in self.samplers]),
+            "memory by role, without activations": columns([_sizes(row) for row in [*self.memory, total]]),
+        }
+        return "\n\n".join(f"{title}\n{body}" for title, body in parts.items())
+
+
+def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> CheckReport:
+    """Check everything a run needs: settings, teacher, data, samplers, export, memory, and a few real steps.
+
+    The steps run in a temporary folder, which is removed; the run's own folder is only looked at.
+
+    Args:
+        config: as for `distill`.
+        overrides: for a file, "a.b=c" each.
+    Raises:
+        UserError: the run could not start, would fail, or its student could not be exported; says why.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config, overrides)
+    elif not isinstance(config, RunConfig):
+        config = parse_config(config)
+    _check_protocol(config)
+    with tempfile.TemporaryDirectory(prefix="diffdistill-check-") as folder:
+        trial = _trial(config, Path(folder) / "run")
+        result = train(trial, progress=False)
+        run = load_run(result.folder)
+        seconds = _seconds(result.folder / "metrics.jsonl", len(config.stages))
+    return CheckReport(_teacher(run), _data(config), _stages(config, seconds), _samplers(config, run), _memory(config, run))
+
+
+def _check_protocol(config: RunConfig) -> None:
+    if config.validation is not None:
+        from diffdistill.evaluation.protocol import load_protocol
+
+        load_protocol(config.validation.protocol)
+
+
+def _trial(config: RunConfig, output: Path) -> RunConfig:
+    """Return the run with few steps a stage, every turn due from the first on, and nothing shown."""
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "steps": min(stage.steps, TRIED_STEPS),
+                "method": _without_warmup(stage.method),
+                "optimizers": {role: _without_warmup(settings) for role, settings in stage.optimizers.items()},
+            }
+        )
+        for stage in config.stages
+    )
+    pairs = config.pairs
+    if pairs is not None and pairs.num is not None:
+        pairs = pairs.model_copy(update={"num": min(pairs.num, config.batch_size)})
+    return config.model_copy(
+        update={
+            "output": output,
+            "stages": stages,
+            "pairs": pairs,
+            "samples": None,
+            "validation": None,
+            "logging": LoggingConfig(every_steps=1, tensorboard=False),
+            "checkpoint": CheckpointConfig(every_steps=10**9, keep=1),
+        }
+    )
+
+
+def _without_warmup(settings: BaseModel) -> BaseModel:
+    names = [name for name in type(settings).model_fields if name.endswith("warmup_steps")]
+    return settings.model_copy(update=dict.fromkeys(names, 0))
+
+
+def _seconds(metrics: Path, num_stages: int) -> list[float]:
+    """Return the mean time of a step of each stage, NaN where only the first was run."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for stage in range(num_stages):
+        clock = [line["seconds"] for line in lines if line.get("stage") == stage and "steps_per_sec" in line]
+        found.append((clock[-1] - clock[0]) / (len(clock) - 1) if len(clock) > 1 else math.nan)
+    return found
+
+
+def _teacher(run: LoadedRun) -> dict[str, Any]:
+    teacher = run.teacher
+    return {
+        "path": teacher.path,
+        "network": type(teacher.network).__name__,
+        "pipeline": teacher.pipeline_class,
+        "state": "x".join(map(str, teacher.denoiser.sample_shape)),
+        "classes": teacher.num_classes,
+        "scheduler": teacher.scheduler_config.get("_class_name"),
+        "predicts": teacher.scheduler_config.get("prediction_type", "flow_prediction"),
+        "device": str(teacher.device),
+    }
+
+
+def _data(config: RunConfig) -> dict[str, Any]:
+    return {key: str(value) for key, value in config.data.model_dump().items()} | {
+        "batch": config.batch_size,
+        "micro-batch": config.micro_batch_size or config.batch_size,
+    }
+
+
+def _stages(config: RunConfig, seconds: Sequence[float]) -> list[StageRow]:
+    return [
+        StageRow(
+            index + 1,
+            stage.method.name,
+            stage.steps,
+            list(stage.trained),
+            round(1000 * each, 1),
+            round(stage.steps * each / 60, 1),
+        )
+        for index, (stage, each) in enumerate(zip(config.stages, seconds, strict=True))
+    ]
+
+
+def _trained_steps(stage: StageConfig) -> int | None:
+    """Return the number of steps a method is trained for, None where it serves any."""
+    return getattr(stage.method, "student_steps", None)
+
+
+def _samplers(config: RunConfig, run: LoadedRun) -> list[SamplerRow]:
+    """Return a row per number of steps; refuse a student that no stock scheduler carries."""
+    wanted = _trained_steps(config.stages[-1])
+    asked = () if config.validation is None else config.validation.steps
+    rows = []
+    for steps in sorted({*STEP_COUNTS, *asked, *(() if wanted is None else (wanted,))}):
+        try:
+            sampler = run.sampler(steps)
+        except ValueError as error:  # a grid that has not so many points
+            rows.append(SamplerRow(steps, steps, "", [], None, str(error), steps == wanted))
+            continue
+        try:
+            scheduler, refused = plan(run.teacher, sampler).scheduler["_class_name"], ""
+        except UserError as error:
+            scheduler, refused = None, str(error)
+        rows.append(
+            SamplerRow(
+                steps,
+                sampler.nfe,
+                sampler.rule,
+                sampler.grid.times[:-1].tolist(),
+                scheduler,
+                refused,
+                wanted is None or steps == wanted,
+            )
+        )
+    needed = [row for row in rows if row.trained]
+    if all(row.scheduler is None for row in needed):
+        raise UserError(
+            "stock diffusers cannot carry this student, so it could not be exported: "
+            + " ".join(dict.fromkeys(row.refused for row in needed))
+        )
+    return rows
+
+
+def _memory(config: RunConfig, run: LoadedRun) -> list[MemoryRow]:
+    """Return a row for the teacher, each role, the head and the average; a tensor counts where it is seen first."""
+    roles = run.roles
+    names = [*roles.names, *(["head"] if roles.head is not None else [])]
+    own = {name: roles.named_parameters(name) for name in names}
+    settings = {role: stage.optimizer(role) for stage in config.stages for role in stage.trained}
+    seen = {id(parameter) for parameters in own.values() for parameter in parameters.values()}
+    rows = [_memory_row("teacher", _unseen(roles.teacher, seen), [], None)]
+    for name in names:
+        rest = [] if name == "head" else _unseen(roles[name], seen)
+        rows.append(_memory_row(name, [*rest, *own[name].values()], list(own[name].values()), settings.get(name)))
+    if config.ema is not None:
+        rows.append(_memory_row("average of student", list(own["student"].values()), [], None))
+    return rows
+
+
+def _unseen(denoiser: Any, seen: set[int]) -> list[Any]:
+    network = getattr(denoiser, "network", None)
+    found = [] if network is None else [parameter for parameter in network.parameters() if id(parameter) not in seen]
+    seen |= {id(parameter) for parameter in found}
+    return found
+
+
+def _memory_row(role: str, parameters: Sequence[Any], trained: Sequence[Any], optimizer: OptimizerConfig | None) -> MemoryRow:
+    def bytes_of(tensors: Sequence[Any]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    gradient = bytes_of(trained) if optimizer is not None else 0
+    moments = 0
+    if optimizer is not None:
+        moments = int(optimizer.betas[0] > 0) if optimizer.name == "sgd" else 2
+    return MemoryRow(
+        role,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in trained) if optimizer else 0,
+        bytes_of(parameters),
+        gradient,
+        moments * gradient,
+    )
+
+
+# Showing
+
+
+def _shown(row: SamplerRow) -> dict[str, Any]:
+    times = ", ".join(f"{t:g}" for t in row.times[:8]) + (", ..." if len(row.times) > 8 else "")
+    return {
+        "steps": f"{row.steps}{'' if row.trained else ' (not trained for)'}",
+        "nfe": row.nfe,
+        "rule": row.rule,
+        "times": times,
+        "stock scheduler": row.scheduler or f"none: {row.refused}",
+    }
+
+
+def _sizes(row: MemoryRow) -> dict[str, Any]:
+    shown = {"role": row.role, "parameters": f"{row.parameters:,}", "trained": f"{row.trained:,}"}
+    kinds = ("weights", "gradient", "optimizer")
+    amounts = [getattr(row, f"{kind}_bytes") for kind in kinds]
+    return shown | {kind: _mib(amount) for kind, amount in zip(kinds, amounts, strict=True)} | {"sum": _mib(sum(amounts))}
+
+
+def _mib(amount: int) -> str:
+    return f"{amount / 2**20:,.1f} MiB" if amount < 2**30 else f"{amount / 2**30:,.2f} GiB"

@@ -1,0 +1,201 @@
+"""What a command is pointed at: a run, an export, a pipeline folder or an embedded teacher, as one thing that makes images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from diffdistill.errors import UserError, unknown_name
+from diffdistill.export.manifest import MANIFEST, Manifest
+from diffdistill.math import grids
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.guidance import guided
+from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.sampling import stock
+from diffdistill.sampling.generate import Generate, image_generator
+from diffdistill.sampling.sampler import DrawsNoise, Sampler
+
+RUN_CONFIG = "config.yaml"
+DEFAULT_STEPS = 4  # where the model is meant for no number in particular
+RULES = ("ddim", "heun", "dpmpp_2m")
+SOLVERS = (*RULES, "unipc", "stock")
+"""Samplers of a teacher: our own rules on the trailing grid, diffusers' UniPC, and the pipeline's own scheduler."""
+
+
+class AnySampler(Protocol):
+    """A `Sampler`, or a stock scheduler behind the same names."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps."""
+        ...
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image; guidance doubles."""
+        ...
+
+    def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
+        """Return the final states."""
+        ...
+
+
+@dataclass(frozen=True)
+class StockSampler:
+    """A stock diffusers scheduler run on our denoiser.
+
+    Attributes:
+        config: every field, the class name under "_class_name".
+        num_steps: what `set_timesteps` gets.
+        guidance: scale counted from 1.
+    """
+
+    config: Mapping[str, Any]
+    num_steps: int
+    guidance: float = 1.0
+
+    @property
+    def nfe(self) -> int:
+        """One evaluation a step, guidance doubles."""
+        return self.num_steps * (1 if self.guidance == 1 else 2)
+
+    def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
+        """Return the final states."""
+        scheduler = stock.build_scheduler(self.config)
+        return stock.stock_sample(guided(denoiser, self.guidance), scheduler, self.num_steps, noise, cond)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that makes images.
+
+    Attributes:
+        name: as the user wrote it.
+        kind: "run" (the student of a run), "export" (a student's pipeline) or "pipeline" (a teacher).
+        teacher: what the denoiser came from: its codec and classes.
+        denoiser: the network that is sampled.
+        make_sampler: (number of steps, guidance or None for the model's own) -> the sampler.
+        default_steps: the number of steps it is meant for.
+    """
+
+    name: str
+    kind: Literal["run", "export", "pipeline"]
+    teacher: Teacher
+    denoiser: Denoiser
+    make_sampler: Callable[[int, float | None], AnySampler]
+    default_steps: int = DEFAULT_STEPS
+
+    def sampler(self, num_steps: int | None = None, guidance: float | None = None) -> AnySampler:
+        """Return the sampler of this many steps.
+
+        Args:
+            num_steps: network steps; None for what the model is meant for.
+            guidance: scale counted from 1; None for what the model is meant for.
+        Raises:
+            UserError: steps below 1, a negative guidance, or guidance where there are no classes.
+        """
+        num_steps = self.default_steps if num_steps is None else num_steps
+        if num_steps < 1:
+            raise UserError(f"steps must be at least 1; got {num_steps}.")
+        if guidance is not None and guidance < 0:
+            raise UserError(f"guidance is counted from 1 (1 = none, larger is stronger); got {guidance:g}.")
+        if guidance not in (None, 1) and self.teacher.num_classes is None:
+            raise UserError(f"{self.name} is unconditional, so guidance {guidance:g} has no effect; leave it out.")
+        return self.make_sampler(num_steps, guidance)
+
+    def generator(self, sampler: AnySampler) -> Generate:
+        """Return (seeds, labels) -> images; an unconditional model takes no notice of the labels."""
+        generate = image_generator(self.teacher, self.denoiser, sampler)
+        if self.teacher.num_classes is not None:
+            return generate
+        return lambda seeds, labels: generate(seeds, None)
+
+
+def open_target(target: str | Path, solver: str | None = None, checkpoint: str | Path | None = None) -> Target:
+    """Open a run folder, an export folder, a pipeline folder or an embedded teacher.
+
+    Args:
+        target: where it is, or the name of an embedded teacher.
+        solver: one of SOLVERS for a teacher, "ddim" when None; a student has its own sampler.
+        checkpoint: of a run; None for the newest.
+    Raises:
+        UserError: nothing there, a folder of something else, or a solver or checkpoint that does not belong to it.
+    """
+    path, name = Path(target), str(target)
+    is_run, is_export = (path / RUN_CONFIG).is_file(), (path / MANIFEST).is_file()
+    if path.is_dir() and not (is_run or is_export or (path / "model_index.json").is_file()):
+        raise UserError(
+            f"{name} is neither a run ({RUN_CONFIG}), nor an export ({MANIFEST}), nor a diffusers pipeline (model_index.json)."
+        )
+    if solver is not None and (is_run or is_export):
+        raise UserError(f"{name} is a student with a sampler of its own; leave solver {solver!r} out.")
+    if checkpoint is not None and not is_run:
+        raise UserError(f"{name} is not a run and has no checkpoints; leave checkpoint {str(checkpoint)!r} out.")
+    if is_run:
+        return _run(name, path, checkpoint)
+    return _export(name, path) if is_export else _pipeline(name, solver or "ddim")
+
+
+def _run(name: str, path: Path, checkpoint: str | Path | None) -> Target:
+    from diffdistill.training.run import load_run
+
+    run = load_run(path, checkpoint=checkpoint)
+
+    def make(num_steps: int, guidance: float | None) -> AnySampler:
+        sampler = run.sampler(num_steps)
+        return sampler if guidance is None else dataclasses.replace(sampler, guidance=guidance)
+
+    return Target(name, "run", run.teacher, run.roles["student"], make, steps_of(run))
+
+
+def steps_of(run: Any) -> int:
+    """Return the number of steps that a loaded run's student is trained for, DEFAULT_STEPS where it serves any."""
+    return getattr(run.distiller.config, "student_steps", DEFAULT_STEPS)
+
+
+def _export(name: str, path: Path) -> Target:
+    manifest = Manifest.read(path)
+    config = {"_class_name": manifest.scheduler.class_name, **manifest.scheduler.config}
+    if manifest.kind == "merged":
+        teacher = load_teacher(path)
+        denoiser = teacher.denoiser
+    else:
+        teacher = load_teacher(manifest.base.path)
+        denoiser = _with_adapter(teacher, path)
+
+    def make(num_steps: int, guidance: float | None) -> AnySampler:
+        return StockSampler(config, num_steps, manifest.guidance if guidance is None else guidance)
+
+    return Target(name, "export", teacher, denoiser, make, manifest.step_counts[0])
+
+
+def _with_adapter(teacher: Teacher, path: Path) -> Denoiser:
+    from peft import PeftModel
+
+    try:
+        merged = PeftModel.from_pretrained(teacher.network, str(path)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load the adapter in {path}: {error}") from error
+    return teacher.denoiser.with_network(merged.eval().requires_grad_(False))  # type: ignore[attr-defined]
+
+
+def _pipeline(name: str, solver: str) -> Target:
+    if solver not in SOLVERS:
+        raise unknown_name("solver", solver, SOLVERS)
+    teacher = load_teacher(name)
+
+    def make(num_steps: int, guidance: float | None) -> AnySampler:
+        scale = teacher.guidance if guidance is None else guidance
+        if solver == "stock":
+            return StockSampler(teacher.scheduler_config, num_steps, scale)
+        if solver == "unipc":
+            return StockSampler(stock.unipc(teacher.scheduler_config), num_steps, scale)
+        return Sampler(grids.trailing(teacher.denoiser.schedule, num_steps), solver, guidance=scale)  # type: ignore[arg-type]
+
+    return Target(name, "pipeline", teacher, teacher.denoiser, make)
