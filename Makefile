@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`. Both make the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test lint types bench study mutation clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "diffdistill needs Python 3.11 or newer; $$($(PYTHON) --version) was found. Run make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $(STAMP)
+
+quickstart: install  ## from teacher to report and verified export, about five minutes on two cores
+	$(BIN)/diffdistill quickstart
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench: install  ## cost of a training step over the passes it must do, into docs/performance.md
+	$(BIN)/python eval/step_cost.py
+
+study: install  ## quality of every method, family and layout (about two hours on two cores), into docs/results.md
+	$(BIN)/python eval/study.py
+
+mutation: install  ## systematic mutants of the mathematics and the losses, into docs/mutation.md
+	$(BIN)/python eval/mutation.py
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
