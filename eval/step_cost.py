@@ -229,7 +229,7 @@ def main() -> int:
         f"torch {torch.__version__}, float32.\n\n"
         "Times are processor time. Forward and forward+backward count the network calls of one step, averaged over the method's cycle and the random "
         "length of its rollout; a guided pair counts as one call of twice the batch. The floor is the time of exactly those calls, "
-        "bare, on the same network in the same process. Peak MiB is the whole process, libraries included.\n\n"
+        "bare, on the same network in the same process. Peak MiB is the whole process, libraries included. Step / floor is the median of the ratios of single cycles, so it is not the quotient of the two columns before it, which are medians by themselves over rollouts of random length. A ratio below 1 shows the noise: read these as plus or minus a tenth.\n\n"
         + table(rows)
         + "\n"
     )
