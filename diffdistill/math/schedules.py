@@ -269,18 +269,20 @@ def change_coordinates(x: Tensor, t: Tensor, source: Schedule, target: Schedule)
     return (expand(scale, x) * x).to(x.dtype), t_target
 
 
-def schedule_from_diffusers(scheduler: Any) -> Schedule:
+def schedule_from_diffusers(scheduler: Any, num_tokens: int | None = None) -> Schedule:
     """Read the training schedule out of any diffusers scheduler: its betas, or its flow shift, or Karras' sigma range.
 
-    A shift that depends on the image size (`use_dynamic_shifting`) belongs to the sampler; the path is then read without one.
-
+    Args:
+        scheduler: a diffusers scheduler.
+        num_tokens: image tokens of one state, for a shift that depends on the image size (`use_dynamic_shifting`); None reads
+            such a path without a shift.
     Raises:
         ValueError: the scheduler has none of these.
     """
     config = scheduler.config
     if "flow" in type(scheduler).__name__.lower() or getattr(config, "prediction_type", "") == "flow_prediction":
         if getattr(config, "use_dynamic_shifting", False):
-            return RectifiedFlowSchedule(1.0)
+            return RectifiedFlowSchedule(1.0 if num_tokens is None else _dynamic_shift(config, num_tokens))
         return RectifiedFlowSchedule(getattr(config, "shift", None) or getattr(config, "flow_shift", None) or 1.0)
     if getattr(scheduler, "alphas_cumprod", None) is not None:
         return VPSchedule(scheduler.alphas_cumprod)
@@ -290,3 +292,10 @@ def schedule_from_diffusers(scheduler: Any) -> Schedule:
         f"{type(scheduler).__name__} has no betas, flow shift or sigma range to read a schedule from. "
         "Use a folder whose scheduler is a DDPM/DDIM, FlowMatchEuler or EDM scheduler."
     )
+
+
+def _dynamic_shift(config: Any, num_tokens: int) -> float:
+    """Return the shift of an image of `num_tokens`: exp(mu) or mu, with mu linear in the tokens between two given points."""
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    mu = config.base_shift + (config.max_shift - config.base_shift) * (num_tokens - low) / (high - low)
+    return math.exp(mu) if getattr(config, "time_shift_type", "exponential") == "exponential" else mu

@@ -11,28 +11,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Codec:
-    """Encodes images in [-1, 1] to states and decodes states to images.
+    """Encodes images in [-1, 1] to states and decodes states to images: state = (latent - shift) * scale.
 
     Attributes:
-        vae: diffusers AutoencoderKL, or None for a model that works on pixels.
+        vae: diffusers AutoencoderKL or AutoencoderDC, or None for a model that works on pixels.
     """
 
     vae: Any = None
 
     @property
     def _scale(self) -> float:
-        return float(self.vae.config.scaling_factor) if self.vae is not None else 1.0
+        return float(self.vae.config.scaling_factor)
+
+    @property
+    def _shift(self) -> float:
+        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of the image along one edge of a state's pixel."""
+        if self.vae is None:
+            return 1
+        blocks = getattr(self.vae.config, "encoder_block_out_channels", None) or self.vae.config.block_out_channels
+        return 2 ** (len(blocks) - 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return states of images (B, C, H, W) in [-1, 1]: the mean of the latent, scaled to the model's range."""
+        """Return states of images (B, C, H, W) in [-1, 1]: the mean of the latent, shifted and scaled to the model's range."""
         if self.vae is None:
             return images
-        return self.vae.encode(images).latent_dist.mode() * self._scale
+        encoded = self.vae.encode(images.to(self.vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        return (latents.float() - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, states: Tensor) -> Tensor:
         """Return images, about [-1, 1], of states (B, C, H, W)."""
         if self.vae is None:
             return states
-        return self.vae.decode(states / self._scale).sample
+        return self.vae.decode((states / self._scale + self._shift).to(self.vae.dtype)).sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffdistill.errors import UserError
-from diffdistill.math.schedules import EDMSchedule, schedule_from_diffusers
+from diffdistill.math.schedules import EDMSchedule
+from diffdistill.models import conditioning
 from diffdistill.models.codec import Codec
 from diffdistill.models.condition import Condition
+from diffdistill.models.conditioning import Asked, ClassConditioner, Conditioner, PromptConditioner
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.network import Classes, EDMDenoiser, Family, NetworkDenoiser
@@ -36,7 +39,8 @@ class Teacher:
         pipeline_class: name of the diffusers pipeline class the folder was saved from.
         path: folder or hub id it was loaded from.
         guidance: the guidance this teacher is usually sampled with, counted from 1.
-        classes: number of classes and null label; both None for an unconditional model.
+        steps: the number of steps it is usually sampled with.
+        conditioner: makes conditions of labels or prompts.
     """
 
     denoiser: Denoiser
@@ -47,11 +51,17 @@ class Teacher:
     pipeline_class: str
     path: str
     guidance: float
-    classes: Classes
+    steps: int
+    conditioner: Conditioner
+
+    @property
+    def classes(self) -> Classes:
+        """Number of classes and null label; both None for a model without classes."""
+        return self.conditioner.classes if isinstance(self.conditioner, ClassConditioner) else Classes(None, None)
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, None for an unconditional model."""
+        """Number of classes, None for a model without classes."""
         return self.classes.num
 
     @property
@@ -66,23 +76,13 @@ class Teacher:
         channels, height, width = self.codec.decode(state).shape[1:]
         return channels, height, width
 
-    def condition(self, labels: Tensor | None, batch_size: int | None = None) -> Condition:
-        """Return the condition of int64 class labels (B,), or of none for an unconditional model of `batch_size` samples.
+    def condition(self, asked: Asked, batch_size: int | None = None) -> Condition:
+        """Return the condition of class labels (B,) int64, of B prompts, or of none for `batch_size` unconditional samples.
 
         Raises:
-            UserError: labels for an unconditional model, labels out of range, or none for a conditional one.
+            UserError: what is asked for is not what this teacher takes, or labels out of range.
         """
-        if self.num_classes is None:
-            if labels is not None:
-                raise UserError(f"{self.path} is unconditional; leave the labels out.")
-            return Condition.none(batch_size or 1)
-        if labels is None:
-            raise UserError(f"{self.path} is class-conditional; give labels 0..{self.num_classes - 1}.")
-        top = self.num_classes - 1
-        # Checked where labels are made, on the CPU: on a GPU the check would wait for the device.
-        if labels.device.type == "cpu" and labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) <= top):
-            raise UserError(f"labels must lie in 0..{top} for {self.path}; got {int(labels.min())}..{int(labels.max())}.")
-        return Condition.labels(labels.to(self.device), self.classes.null)
+        return conditioning.condition(self.conditioner, asked, batch_size)
 
 
 def resolve(path: str | Path) -> str:
@@ -131,13 +131,21 @@ def _network_entry(index: Mapping[str, Any], folder: str) -> tuple[str, str]:
     raise UserError(f"{folder}: {index.get('_class_name')} has no component 'unet' or 'transformer' to distil.")
 
 
-def _load_part(folder: str, component: str, class_name: str, **options: Any) -> Any:
+def _load_part(folder: str, component: str, class_name: str, variant: str | None = None, **options: Any) -> Any:
     import diffusers
 
+    if variant is not None and not _lacks_variant(folder, component, variant):
+        options["variant"] = variant
     try:
         return getattr(diffusers, class_name).from_pretrained(folder, subfolder=component, **options)
     except Exception as error:  # the loaders raise many types; every one means that this folder cannot be used
         raise UserError(f"cannot load {component} ({class_name}) of {folder!r}: {error}") from error
+
+
+def _lacks_variant(folder: str, component: str, variant: str) -> bool:
+    """Return whether a local folder has the part's weights under their plain name only; a hub id is asked for the variant."""
+    place = Path(folder) / component
+    return place.is_dir() and not any(place.glob(f"*.{variant}*.safetensors"))
 
 
 def _notes(folder: str) -> Mapping[str, Any]:
@@ -146,40 +154,59 @@ def _notes(folder: str) -> Mapping[str, Any]:
     return json.loads(path.read_text())["config"] if path.is_file() else {}
 
 
-def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Teacher:
+def load_teacher(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    size: int | None = None,
+) -> Teacher:
     """Load a teacher from a diffusers pipeline folder, a hub id, or an embedded name.
+
+    Text encoders are loaded at the first prompt and can be released: `teacher.conditioner.release()`.
 
     Args:
         path: folder, hub id ("owner/name"), or one of EMBEDDED.
-        dtype: weights of the network; the autoencoder stays float32.
+        dtype: weights of the network and the text encoders; the autoencoder stays float32.
         device: where everything is put.
+        variant: of the weight files, such as "fp16"; parts without it are loaded from their plain files.
+        size: edge of the images in pixels; None for the size the network was made for.
     Returns:
         The frozen teacher, in eval mode.
     Raises:
-        UserError: nothing there, not a diffusers folder, or a class that is not supported.
+        UserError: nothing there, not a diffusers folder, a class that is not supported, or a size its autoencoder cannot make.
     """
     import diffusers
 
     folder = resolve(path)
     index = read_index(folder)
     component, class_name = _network_entry(index, folder)
-    family = FAMILIES[class_name]
-    network = _load_part(folder, component, class_name, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    family, device = FAMILIES[class_name], torch.device(device)
+    network = _load_part(folder, component, class_name, variant, torch_dtype=dtype).to(device).eval().requires_grad_(False)
     scheduler_class = index["scheduler"][1]
     scheduler = _load_part(folder, "scheduler", scheduler_class)
-    notes = _notes(folder)
     codec = Codec()
     if index.get("vae") and index["vae"][1]:
-        codec = Codec(_load_part(folder, "vae", index["vae"][1]).to(device).eval().requires_grad_(False))
-    size = network.config.sample_size
-    shape = (network.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    schedule = schedule_from_diffusers(scheduler)
+        codec = Codec(_load_part(folder, "vae", index["vae"][1], variant).to(device).eval().requires_grad_(False))
+    shape = _sized(family.sample_shape(network), codec.downscale, size, folder)
+    schedule, kind = family.path(network, scheduler, shape)
+    denoiser: Denoiser
     if isinstance(schedule, EDMSchedule):
-        denoiser: Denoiser = EDMDenoiser(network, family, schedule, shape, getattr(scheduler.config, "sigma_data", 0.5))
+        denoiser = EDMDenoiser(network, family, schedule, shape, getattr(scheduler.config, "sigma_data", 0.5))
     else:
-        kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
         denoiser = NetworkDenoiser(network, family, schedule, kind, shape)
     config = dict(scheduler.config) | {"_class_name": scheduler_class, "_diffusers_version": diffusers.__version__}
+    notes = _notes(folder)
+    guidance, steps = _usual_sampling(index["_class_name"])
+    conditioner: Conditioner = ClassConditioner(family.classes(network, notes.get("num_classes")), str(path), device)
+    if family.reads_text:
+        image_size = (shape[1] * codec.downscale, shape[2] * codec.downscale)
+        options = {"torch_dtype": dtype} | ({} if variant is None else {"variant": variant})
+        constants = family.constants(network, image_size)
+        conditioner = PromptConditioner(
+            index["_class_name"], folder, index, family, network, constants, str(path), device, options
+        )
+        guidance = family.usual_guidance(network, guidance)
     return Teacher(
         denoiser,
         family,
@@ -188,6 +215,27 @@ def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32, device: t
         config,
         index["_class_name"],
         str(path),
-        float(notes.get("guidance", 1.0)),
-        family.classes(network, notes.get("num_classes")),
+        float(notes.get("guidance", guidance if family.reads_text else 1.0)),
+        steps,
+        conditioner,
     )
+
+
+def _sized(shape: tuple[int, int, int], downscale: int, size: int | None, folder: str) -> tuple[int, int, int]:
+    """Return the shape of the states of images of `size` pixels."""
+    if size is None:
+        return shape
+    if size % downscale:
+        raise UserError(f"{folder}: the autoencoder divides edges by {downscale}; size must be a multiple of it, got {size}.")
+    return shape[0], size // downscale, size // downscale
+
+
+def _usual_sampling(pipeline_class: str) -> tuple[float, int]:
+    """Return the guidance (counted from 1) and the number of steps that a stock pipeline takes when it is told neither."""
+    import diffusers
+
+    if not hasattr(diffusers, pipeline_class):
+        raise UserError(f"diffusers {diffusers.__version__} has no pipeline {pipeline_class!r}; install a newer one.")
+    arguments = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
+    found = {name: arguments[name].default for name in ("guidance_scale", "num_inference_steps") if name in arguments}
+    return float(found.get("guidance_scale", 1.0)), int(found.get("num_inference_steps", 50))

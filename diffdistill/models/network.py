@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.math.prediction import Prediction, edm_preconditioning
-from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, expand
+from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, expand, schedule_from_diffusers
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.extras import feeding
@@ -25,36 +26,73 @@ class Classes(NamedTuple):
     null: int | None
 
 
-class Family(Protocol):
+class Family(ABC):
     """What one diffusers architecture says about itself. One small final class per architecture, in `models/families/`.
 
     Attributes:
         name: e.g. "unet2d".
         component: the pipeline component that holds the network, "unet" or "transformer".
         lora_targets: preset name -> suffixes of module names that take an adapter.
+        reads_text: whether it is asked for images by prompts.
     """
 
-    name: str
-    component: str
-    lora_targets: Mapping[str, tuple[str, ...]]
+    name: ClassVar[str]
+    component: ClassVar[str]
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
+    reads_text: ClassVar[bool] = False
 
+    @abstractmethod
     def forward(self, network: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Call the network: x (B, C, H, W), t (B,) float64 in the network's own units; returns the raw output."""
-        ...
+        """Call the network: x (B, C, H, W), t (B,) float64, the time it was trained with; returns the raw output."""
 
+    @abstractmethod
     def time_modules(self, network: Any) -> list[nn.Module]:
         """Return the modules whose (B, D) output is the time embedding: where extra inputs are added."""
-        ...
 
+    @abstractmethod
     def taps(self, network: Any) -> dict[str, nn.Module]:
         """Return the named blocks whose output a discriminator head may read; "mid" always exists."""
-        ...
 
     def classes(self, network: Any, declared: int | None) -> Classes:
-        """Return the classes of a network; `declared` is their number where the teacher's folder states it."""
-        ...
+        """Return the classes of a network, none for one that reads text; `declared`: their number where the folder states it."""
+        return Classes(None, None)
+
+    def encode(self, pipeline: Any, prompts: list[str]) -> tuple[Values, Values]:
+        """Return the named tensors of B prompts and those of the empty prompt, as the stock pipeline encodes both.
+
+        Args:
+            pipeline: the stock pipeline with its text encoders and without network and autoencoder.
+            prompts: B prompts.
+        Returns:
+            values (B, ...), and under the same names those that stand for no prompt (at least one row).
+        """
+        raise NotImplementedError(f"{self.name} reads no text")
+
+    def constants(self, network: Any, image_size: tuple[int, int]) -> Values:
+        """Return further inputs, (1, ...), that are the same with every prompt and without one: sizes, embedded guidance."""
+        return {}
+
+    def sample_shape(self, network: Any) -> tuple[int, int, int]:
+        """Return (C, H, W) of the states the network was made for."""
+        size = network.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return network.config.in_channels, height, width
+
+    def path(self, network: Any, scheduler: Any, sample_shape: tuple[int, int, int]) -> tuple[Schedule, str]:
+        """Return the schedule and the prediction type, as the pipeline's scheduler states them."""
+        kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
+        return schedule_from_diffusers(scheduler, self.num_tokens(network, sample_shape)), kind
+
+    def usual_guidance(self, network: Any, of_pipeline: float) -> float:
+        """Return the guidance by two passes that the teacher is usually sampled with; 1 where it is an input of the network."""
+        return of_pipeline
+
+    def num_tokens(self, network: Any, sample_shape: tuple[int, int, int]) -> int | None:
+        """Return the image tokens of one state, which a dynamic flow shift depends on; None where there are none."""
+        return None
 
 
+Values = dict[str, Tensor]
 RoleContext = Callable[[], AbstractContextManager[Any]]
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from diffdistill.models.condition import Condition
+from diffdistill.models.conditioning import Asked
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.loading import Teacher
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import DrawsNoise
 
-Generate = Callable[[list[int], Tensor | None], Tensor]
-"""(seeds, class labels (B,) or None) -> images (B, C, H, W) in [-1, 1]; image k depends on seed k and label k only."""
+Generate = Callable[[list[int], Asked], Tensor]
+"""(seeds, class labels (B,), B prompts or None) -> images (B, C, H, W) in [-1, 1]; image k depends on seed and label k only."""
 
 
 class Samples(Protocol):
@@ -27,7 +28,7 @@ class Samples(Protocol):
 
 
 def image_generator(teacher: Teacher, denoiser: Denoiser, sampler: Samples) -> Generate:
-    """Return a function from seeds and labels to images of `denoiser` (the teacher's own, or a student's role).
+    """Return a function from seeds and what is asked for to images of `denoiser` (the teacher's own, or a student's role).
 
     Args:
         teacher: gives conditions and the codec.
@@ -36,8 +37,8 @@ def image_generator(teacher: Teacher, denoiser: Denoiser, sampler: Samples) -> G
     """
 
     @torch.no_grad()
-    def generate(seeds: list[int], labels: Tensor | None) -> Tensor:
-        states = sampler.sample(denoiser, Noise(seeds, teacher.device), teacher.condition(labels, len(seeds)))
+    def generate(seeds: list[int], asked: Asked) -> Tensor:
+        states = sampler.sample(denoiser, Noise(seeds, teacher.device), teacher.condition(asked, len(seeds)))
         return teacher.codec.decode(states).clamp(-1, 1)
 
     return generate

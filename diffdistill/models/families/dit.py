@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
-from diffdistill.models.network import Classes
+from diffdistill.models.network import Classes, Family
 
 
-class DiT:
+class DiT(Family):
     """How to call diffusers' DiTTransformer2DModel.
 
     The table of labels has one row more than `num_embeds_ada_norm`: the null label. Networks in train mode drop labels by
@@ -22,7 +21,7 @@ class DiT:
 
     name = "dit"
     component = "transformer"
-    lora_targets: Mapping[str, tuple[str, ...]] = {
+    lora_targets = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
             "to_q",
@@ -45,7 +44,7 @@ class DiT:
         labels = cond.values.get("class_labels")
         if labels is None:
             labels = torch.full((len(x),), network.config.num_embeds_ada_norm, device=x.device)
-        raw = network(x, timestep=t.to(x.dtype), class_labels=labels, return_dict=False)[0]
+        raw = network(x, timestep=t.float(), class_labels=labels, return_dict=False)[0]
         return raw[:, : x.shape[1]]
 
     def time_modules(self, network: Any) -> list[nn.Module]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
-from diffdistill.models.network import Classes
+from diffdistill.models.network import Classes, Family
 
 
-class UNet2D:
+class UNet2D(Family):
     """How to call diffusers' UNet2DModel.
 
     A teacher trained with label dropout has one row more in its label table than it has classes. The diffusers config does
@@ -20,7 +19,7 @@ class UNet2D:
 
     name = "unet2d"
     component = "unet"
-    lora_targets: Mapping[str, tuple[str, ...]] = {
+    lora_targets = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
             "to_q",
@@ -42,7 +41,7 @@ class UNet2D:
     def forward(self, network: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Return the raw output, (B, C, H, W); t goes in as float32, so fractional times are kept."""
         labels = cond.values.get("class_labels")
-        return network(x, t.to(x.dtype), class_labels=labels, return_dict=False)[0]
+        return network(x, t.float(), class_labels=labels, return_dict=False)[0]
 
     def time_modules(self, network: Any) -> list[nn.Module]:
         """Return the time MLP."""
