@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -102,16 +101,26 @@ def uniform_labels(count: int, num_classes: int, generator: torch.Generator) -> 
     return torch.randint(num_classes, (count,), generator=generator, device=generator.device)
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """What a source hands out for one micro-batch.
 
     Attributes:
         x0: clean states (B, C, H, W) float32, or None from a source without images.
-        labels: (B,) int64, or None where there are no classes.
+        values: what the network is conditioned on, name -> (B, ...), as in `Condition`; empty where there is nothing.
     """
 
     x0: Tensor | None
-    labels: Tensor | None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels, (B,) int64, or None where there are no classes."""
+        return self.values.get("class_labels")
+
+
+def _class_labels(labels: Tensor | None) -> dict[str, Tensor]:
+    return {} if labels is None else {"class_labels": labels}
 
 
 class DataSource(Protocol):
@@ -150,7 +159,7 @@ class ImageSource:
 
     def take(self, indices: Tensor, generator: torch.Generator) -> Sample:
         """Return images and labels at `indices`; nothing is drawn."""
-        return Sample(self.x0[indices], None if self.labels is None else self.labels[indices])
+        return Sample(self.x0[indices], _class_labels(None if self.labels is None else self.labels[indices]))
 
 
 class LabelSource:
@@ -169,8 +178,8 @@ class LabelSource:
     def take(self, indices: Tensor, generator: torch.Generator) -> Sample:
         """Return as many uniform labels as there are indices, drawn from `generator`."""
         if self.num_classes is None:
-            return Sample(None, None)
-        return Sample(None, uniform_labels(len(indices), self.num_classes, generator))
+            return Sample(None)
+        return Sample(None, _class_labels(uniform_labels(len(indices), self.num_classes, generator)))
 
 
 def _check_states(x0: Tensor, labels: Tensor | None, max_abs: float) -> None:
@@ -194,71 +203,3 @@ def _check_states(x0: Tensor, labels: Tensor | None, max_abs: float) -> None:
         )
     if labels is not None and (labels.shape != x0.shape[:1] or labels.is_floating_point() or int(labels.min()) < 0):
         raise UserError(f"labels must be {len(x0)} integers >= 0, one per image; got {tuple(labels.shape)} of {labels.dtype}.")
-
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-
-
-class ImageFolder(NamedTuple):
-    """A folder read into memory.
-
-    Attributes:
-        images: (N, channels, size, size) float32 in [-1, 1], ordered by class and then by file name.
-        labels: (N,) int64, the position of the image's folder among `classes`; None where there are no subfolders.
-        classes: sorted names of the subfolders; empty where there are none.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    classes: tuple[str, ...]
-
-
-def load_image_folder(path: str | Path, size: int, channels: int) -> ImageFolder:
-    """Read every image below a folder, its subfolders being the classes, to tensors in [-1, 1].
-
-    The largest centred square is cropped and resized to `size` with Pillow's Lanczos filter.
-
-    Args:
-        path: the folder; images lie in it directly (no labels) or in its subfolders (one class each, at any depth).
-        size: edge of the result in pixels.
-        channels: 1 (grey) or 3 (RGB).
-    Raises:
-        UserError: no such folder, no images in it, images both beside and inside subfolders, or an unreadable file.
-    """
-    root = Path(path)
-    if channels not in (1, 3):
-        raise UserError(f"channels must be 1 (grey) or 3 (RGB); got {channels}.")
-    if not root.is_dir():
-        raise UserError(f"no image folder at {root}. Give a folder of images, or of one subfolder per class.")
-    classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and _image_files(entry.rglob("*"))))
-    loose = _image_files(root.iterdir())
-    if loose and classes:
-        raise UserError(
-            f"{root} has images beside the class folders {', '.join(classes)} (first: {loose[0].name}). "
-            "Move them into a class folder."
-        )
-    files = [(file, k) for k, name in enumerate(classes) for file in _image_files((root / name).rglob("*"))]
-    files = files or [(file, -1) for file in loose]
-    if not files:
-        raise UserError(f"no images in {root}. Known endings: {', '.join(IMAGE_SUFFIXES)}.")
-    images = torch.stack([_read_image(file, size, channels) for file, _ in files])
-    labels = torch.tensor([k for _, k in files]) if classes else None
-    return ImageFolder(images, labels, classes)
-
-
-def _image_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith("."))
-
-
-def _read_image(file: Path, size: int, channels: int) -> Tensor:
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {file}: {error}. Repair or remove the file.") from error
-    square = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(square)).to(torch.float32)  # (H, W) or (H, W, 3)
-    return (pixels / 127.5 - 1).reshape(size, size, channels).permute(2, 0, 1)

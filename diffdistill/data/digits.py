@@ -45,23 +45,6 @@ def digits() -> Digits:
     return Digits(data.images.clone(), data.labels.clone())
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Quantise images in [-1, 1] to bytes: round((x + 1) * 127.5), halves to even, clamped to 0..255.
-
-    Args:
-        images: any shape, floating; computed in float32 or wider.
-    Returns:
-        uint8 tensor of the same shape.
-    """
-    wide = images.to(torch.promote_types(images.dtype, torch.float32))
-    return ((wide + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def digits_uint8() -> Tensor:
-    """Return the digits as bytes, (1797, 1, 8, 8) uint8: level k becomes round(k * 15.9375)."""
-    return to_uint8(_load().images)
-
-
 class Split(NamedTuple):
     """Indices into `digits()`, each (n,) int64 ascending; disjoint, together all of it."""
 

@@ -1,14 +1,13 @@
 import pytest
 import torch
-from PIL import Image
 
 from diffdistill.data.batches import (
     ImageSource,
     LabelSource,
     MicroBatches,
+    Sample,
     derive_seed,
     keyed_generator,
-    load_image_folder,
 )
 from diffdistill.errors import UserError
 
@@ -75,8 +74,9 @@ def test_seeds_are_63_bit_and_distinguish_keys_by_type_length_and_order():
 def test_image_source_hands_out_the_rows_asked_for():
     x0 = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 2, 2)
     taken = ImageSource(x0, torch.arange(5)).take(torch.tensor([4, 0, 4]), torch.Generator())
-    assert torch.equal(taken.x0, x0[[4, 0, 4]]) and taken.labels.tolist() == [4, 0, 4]
-    assert ImageSource(x0).take(torch.tensor([1]), torch.Generator()).labels is None
+    assert torch.equal(taken.x0, x0[[4, 0, 4]])
+    assert taken.values.keys() == {"class_labels"} and taken.values["class_labels"].tolist() == [4, 0, 4]
+    assert ImageSource(x0).take(torch.tensor([1]), torch.Generator()).values == {}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -105,52 +105,9 @@ def test_data_out_of_range_wrong_shapes_and_wrong_labels_are_refused():
 def test_label_source_is_uniform_and_determined_by_the_generator():
     source, indices = LabelSource(10), torch.zeros(20_000, dtype=torch.int64)
     taken = source.take(indices, keyed_generator(0, "labels"))
-    assert taken.x0 is None and taken.labels.dtype == torch.int64
-    counts = taken.labels.bincount()
+    labels = taken.values["class_labels"]
+    assert taken.x0 is None and labels.dtype == torch.int64 and taken.labels is labels
+    counts = labels.bincount()
     assert len(counts) == 10 and (counts - 2000).abs().max() < 5 * 1800**0.5  # five standard deviations of a count
-    assert torch.equal(taken.labels, source.take(indices, keyed_generator(0, "labels")).labels)
-    assert LabelSource(None).take(indices, torch.Generator()) == (None, None)
-
-
-def test_image_folder_gives_classes_by_name_and_exact_pixels(tmp_path):
-    for name, level in (("cats", 0), ("ants", 255)):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (6, 4), (level, level, level)).save(tmp_path / name / "a.png")
-    folder = load_image_folder(tmp_path, size=4, channels=1)
-    assert folder.classes == ("ants", "cats") and folder.labels.tolist() == [0, 1]
-    assert folder.images.shape == (2, 1, 4, 4) and folder.images.dtype == torch.float32
-    assert folder.images[0].eq(1).all() and folder.images[1].eq(-1).all()
-
-
-def test_image_folder_keeps_rows_columns_and_channels_in_place(tmp_path):
-    image = Image.new("RGB", (4, 4))
-    image.putpixel((3, 1), (255, 0, 51))  # x=3, y=1
-    image.save(tmp_path / "a.png")
-    folder = load_image_folder(tmp_path, size=4, channels=3)
-    assert folder.labels is None and folder.classes == ()
-    assert torch.allclose(folder.images[0, :, 1, 3], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
-    assert folder.images[0, :, 3, 1].eq(-1).all()
-
-
-def test_image_folder_names_the_unreadable_file_and_refuses_mixed_or_empty_folders(tmp_path):
-    with pytest.raises(UserError, match="no image folder"):
-        load_image_folder(tmp_path / "none", 4, 1)
-    with pytest.raises(UserError, match="no images"):
-        load_image_folder(tmp_path, 4, 1)
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"broken\.png"):
-        load_image_folder(tmp_path, 4, 1)
-    (tmp_path / "class").mkdir()
-    Image.new("L", (4, 4)).save(tmp_path / "class" / "a.png")
-    with pytest.raises(UserError, match="beside the class folders"):
-        load_image_folder(tmp_path, 4, 1)
-    with pytest.raises(UserError, match="channels"):
-        load_image_folder(tmp_path, 4, 2)
-
-
-def test_a_truncated_image_is_named(tmp_path):
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
-    whole = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"cut\.png"):
-        load_image_folder(tmp_path, 8, 1)
+    assert torch.equal(labels, source.take(indices, keyed_generator(0, "labels")).values["class_labels"])
+    assert LabelSource(None).take(indices, torch.Generator()) == Sample(None, {})

@@ -1,7 +1,7 @@
 import torch
 from sklearn.datasets import load_digits
 
-from diffdistill.data.digits import digits, digits_split, digits_uint8, to_uint8
+from diffdistill.data.digits import digits, digits_split
 
 
 def test_digits_are_scikit_learns_levels_exactly():
@@ -11,22 +11,6 @@ def test_digits_are_scikit_learns_levels_exactly():
     assert torch.equal((images[:, 0] + 1) * 8, torch.from_numpy(load_digits().images).float())
     assert torch.equal(labels, torch.from_numpy(load_digits().target).long())
     assert images.min() == -1 and images.max() == 1
-
-
-def test_bytes_follow_the_rounding_rule_computed_in_integers():
-    levels = torch.from_numpy(load_digits().images).long()
-    doubled = levels * 255  # level k is k * 255 / 16: round half to even in exact integer arithmetic
-    low, rest = doubled // 16, doubled % 16
-    expected = low + ((rest > 8) | ((rest == 8) & (low % 2 == 1))).long()
-    assert torch.equal(digits_uint8()[:, 0].long(), expected)
-    assert digits_uint8().dtype == torch.uint8
-
-
-def test_to_uint8_clamps_and_inverts_the_byte_scale():
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
-    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
-    assert to_uint8(torch.tensor([0.4999], dtype=torch.bfloat16)).tolist() == [191]  # bfloat16 0.5, computed in float32
 
 
 def test_a_caller_cannot_change_the_data_of_the_next_one():
