@@ -17,14 +17,26 @@ from torch import Tensor
 
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.guidance_adapters import GuidanceAdapterSpec
 from diffdistill.models.roles import Roles
 from diffdistill.sampling.sampler import Sampler
+from diffdistill.sampling.trajectories import TrajectorySpec
 
 
 class MethodConfig(BaseModel):
     """Base of every method's settings: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """The number of steps the student is trained for; None where it serves any."""
+        return None
+
+    @property
+    def usual_steps(self) -> int | None:
+        """The number of steps the student is sampled in where nobody names one; None for the program's default."""
+        return self.fixed_steps
 
 
 class Turn(NamedTuple):
@@ -42,14 +54,22 @@ class Needs(NamedTuple):
         trained: roles with an optimiser.
         frozen: further roles that follow another one (EMA target, earlier stage).
         pairs: whether stored teacher pairs (noise, x0) are read.
-        head: whether a discriminator head exists, as role "head"; it is trained in the turns that name it.
+        head: the tap whose features a discriminator head reads, None for no head. The head is role "head", trained in the
+            turns that name it.
+        extra_inputs: inputs that the roles' networks have beyond the teacher's, see `models.extras`; the loss puts their values
+            into the condition.
+        guidance_adapters: what a role trains in place of its network, see `models.guidance_adapters`; None for nothing.
+        trajectories: which trajectories of the guided teacher are stored and read, see `sampling.trajectories`; None for none.
     """
 
     data: Literal["images", "labels"]
     trained: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     pairs: bool = False
-    head: bool = False
+    head: str | None = None
+    extra_inputs: tuple[str, ...] = ()
+    guidance_adapters: GuidanceAdapterSpec | None = None
+    trajectories: TrajectorySpec | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,20 @@ class PairBatch:
 
 
 @dataclass(frozen=True)
+class TrajectoryBatch:
+    """Stored calls of the guided teacher: state and time, the guidance w, and the guided output in the network's own type.
+
+    x_t and target (B, ...) float32, t and w (B,) float64.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    w: Tensor
+    target: Tensor
+    cond: Condition
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch.
 
@@ -70,12 +104,14 @@ class Batch:
         x0: clean states (B, *sample_shape), latents where the model has a codec; None for data-free methods.
         pairs: stored teacher pairs, or None.
         carry: tensors that an earlier turn of the same step and micro-batch handed on, without graph.
+        trajectories: stored calls of the guided teacher, or None.
     """
 
     cond: Condition
     x0: Tensor | None = None
     pairs: PairBatch | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
+    trajectories: TrajectoryBatch | None = None
 
     @property
     def size(self) -> int:

@@ -31,10 +31,11 @@ Departures from the papers:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -43,6 +44,7 @@ from torch import Tensor
 from diffdistill.distillers.base import Batch, Distiller, Loss, MethodConfig, Needs, Rng, Turn
 from diffdistill.distillers.guidance import GuidanceInterval, GuidanceScale, guided_teacher, has_guidance
 from diffdistill.distillers.lpips import LPIPSConfig, load_lpips
+from diffdistill.distillers.states import Jump, draw_interval
 from diffdistill.errors import UserError
 from diffdistill.math import grids, losses, transfer, weighting
 from diffdistill.math.grids import TimeGrid
@@ -131,6 +133,14 @@ class ConsistencyConfig(MethodConfig):
         Literal["ddim", "heun"],
         Field(description="teacher's step from t to r: one pass or two; training takes ddim with x0 itself"),
     ] = "ddim"
+    solver_steps: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="teacher's steps from t to r, evenly spaced in time; more make a coarse grid exact, whose last interval is "
+            "otherwise the teacher's blurred estimate",
+        ),
+    ] = 1
     curriculum: Annotated[
         Curriculum | None, Field(description="how the gap t - r shrinks over the run; null for a fixed grid")
     ] = None
@@ -172,9 +182,9 @@ class ConsistencyConfig(MethodConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> ConsistencyConfig:
         curriculum = None if self.curriculum is None else self.curriculum.kind
-        if self.mode == "training" and (self.solver != "ddim" or has_guidance(self.guidance)):
+        if self.mode == "training" and (self.solver != "ddim" or self.solver_steps > 1 or has_guidance(self.guidance)):
             raise ValueError(
-                "mode: training asks no teacher, so solver: heun and guidance have no effect; leave them out, "
+                "mode: training asks no teacher, so solver, solver_steps and guidance have no effect; leave them out, "
                 "or use mode: distillation"
             )
         if (self.grid.kind == "continuous") != (curriculum == "ect"):
@@ -194,25 +204,6 @@ class ConsistencyConfig(MethodConfig):
 
 
 # The times
-
-
-class Jump(NamedTuple):
-    """Neighbouring times t > r of a batch, (B,) each."""
-
-    t: Tensor
-    r: Tensor
-
-
-def draw_interval(grid: TimeGrid, size: int, rng: Rng, lognormal: tuple[float, float] | None) -> Jump:
-    """Draw one interval of the grid for every sample, uniformly or with ln(sigma / alpha) normal (mean, std)."""
-    times = grid.times.to(rng.local.device)
-    if lognormal is None:
-        i = rng.integers(size, grid.num_steps)
-    else:
-        levels = grid.schedule.coefficients(times).noise_to_signal
-        mass = weighting.lognormal_interval_probabilities(levels, *lognormal)
-        i = torch.multinomial(mass, size, replacement=True, generator=rng.local)
-    return Jump(times[i], times[i + 1])
 
 
 def draw_ect(
@@ -247,6 +238,10 @@ def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, end: float,
     at_t, at_end = (denoiser.schedule.coefficients(s) for s in (t_safe, torch.full_like(t, end)))
     f = transfer.ddim(x_t, denoiser(x_t, t_safe, cond).x0, at_t, at_end)
     return torch.where(is_end.to(x_t.device).reshape(-1, *[1] * (x_t.ndim - 1)), x_t.to(f.dtype), f)
+
+
+def _clean(denoiser: Denoiser, cond: Condition, x_t: Tensor, t: Tensor) -> Tensor:
+    return denoiser(x_t, t, cond).x0
 
 
 def _distance(config: ConsistencyConfig, sample_shape: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -309,7 +304,8 @@ class Consistency(Distiller):
     def grid(self, step: int) -> TimeGrid:
         """Return the grid of a step: fixed, or with the curriculum's number of points."""
         grid, curriculum = self.config.grid, self.config.curriculum
-        num_steps = grid.num_points - 1 if isinstance(grid, KarrasGrid) else getattr(grid, "num_steps", 0)
+        assert not isinstance(grid, NoGrid), "ECT has no grid"
+        num_steps = grid.num_points - 1 if isinstance(grid, KarrasGrid) else grid.num_steps
         if isinstance(curriculum, CTCurriculum):
             num_steps = weighting.ct_num_intervals(step, self.total_steps, curriculum.s0, curriculum.s1)
         elif isinstance(curriculum, ICTCurriculum):
@@ -318,7 +314,6 @@ class Consistency(Distiller):
             return grids.karras(self.schedule, num_steps + 1, *self._limits, grid.rho)
         if isinstance(grid, IndexGrid):
             return grids.index_grid(self.schedule, num_steps)
-        assert isinstance(grid, TrailingGrid), "ECT has no grid"
         return grids.trailing(self.schedule, num_steps)
 
     def turns(self, step: int) -> tuple[Turn, ...]:
@@ -357,10 +352,15 @@ class Consistency(Distiller):
         if self.config.mode == "training":
             return transfer.add_noise(batch.x0, eps, self.schedule.coefficients(r))
         teacher = guided_teacher(self.teacher, self.config.guidance, self.config.guidance_interval, batch.size, rng)
-        if self.config.solver == "heun":
-            return transfer.heun(lambda x, s: teacher(x, s, batch.cond).x0, x_t, t, r, self.schedule)
-        x0 = teacher(x_t, t, batch.cond).x0
-        return transfer.ddim(x_t, x0, self.schedule.coefficients(t), self.schedule.coefficients(r))
+        denoise = partial(_clean, teacher, batch.cond)
+        times = [torch.lerp(t, r, k / self.config.solver_steps) for k in range(self.config.solver_steps)]
+        for s, s_next in itertools.pairwise([*times, r]):
+            if self.config.solver == "heun":
+                x_t = transfer.heun(denoise, x_t, s, s_next, self.schedule)
+            else:
+                at_s, at_next = self.schedule.coefficients(s), self.schedule.coefficients(s_next)
+                x_t = transfer.ddim(x_t, denoise(x_t, s), at_s, at_next)
+        return x_t
 
     def _weight(self, at_t: Coefficients, at_r: Coefficients) -> Tensor:
         if self.config.weighting == "uniform":

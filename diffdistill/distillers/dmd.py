@@ -32,6 +32,7 @@ from diffdistill.distillers import matching
 from diffdistill.distillers.base import Batch, Distiller, Loss, MethodConfig, Needs, PairBatch, Rng, Turn
 from diffdistill.distillers.guidance import GuidanceInterval, GuidanceScale, guided_teacher
 from diffdistill.distillers.lpips import LPIPSConfig, load_lpips
+from diffdistill.distillers.states import noised
 from diffdistill.math import grids, losses
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.roles import Roles
@@ -64,6 +65,11 @@ class DMDConfig(MethodConfig):
     regression: Annotated[
         RegressionConfig | None, Field(description="regression on stored pairs; null for none, and no pairs are read")
     ] = RegressionConfig()
+
+    @property
+    def fixed_steps(self) -> int:
+        """One: the student is trained from pure noise only."""
+        return 1
 
     @model_validator(mode="after")
     def _range_inside(self) -> DMDConfig:
@@ -117,7 +123,7 @@ class DMD(Distiller):
         x_g = matching.generate(student, self._one_step, z, batch.cond, step=0)
         x_sg = x_g.detach()
         real = guided_teacher(self.teacher, self.config.guidance, self.config.guidance_interval, batch.size, rng)
-        state = matching.noised(x_sg, self.schedule, rng, *self.config.student_time_range)
+        state = noised(x_sg, self.schedule, rng, *self.config.student_time_range)
         gradient = matching.matching_gradient(
             x_sg, state, real, self.roles["fake"], batch.cond, factor=self.schedule.alpha(state.t)
         )
@@ -138,7 +144,7 @@ class DMD(Distiller):
 
     def _fake_loss(self, batch: Batch, rng: Rng) -> Loss:
         x_g = batch.carry["x_g"]
-        state = matching.noised(x_g, self.schedule, rng)
+        state = noised(x_g, self.schedule, rng)
         total = matching.fake_loss(self.roles["fake"], x_g, state, batch.cond, self.config.fake_loss).mean()
         return Loss(total, {"fake": total.detach()})
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from diffdistill.distillers import matching
 from diffdistill.distillers.base import Batch, Distiller, Loss, MethodConfig, Needs, Rng, Turn
 from diffdistill.distillers.guidance import GuidanceInterval, GuidanceScale, guided_teacher
+from diffdistill.distillers.states import noised, share_of
 from diffdistill.math import grids, losses, transfer
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
@@ -78,6 +79,13 @@ class DMD2Config(MethodConfig):
     student_time_range: Annotated[
         tuple[float, float], Field(description="shares of the noising process between which the student's loss is taken")
     ] = (0.02, 0.98)
+    matching_times: Annotated[
+        Literal["all", "own_interval"],
+        Field(
+            description="noise levels at which the outputs of a student step are compared: all, where the steps share one fake network "
+            "that sees only their mixture; or those between its own time and the next one's, where the fake sees each step apart"
+        ),
+    ] = "all"
     fake_loss: matching.FakeLoss = "network"
     initial: Annotated[
         Literal["simulation", "data"],
@@ -87,6 +95,11 @@ class DMD2Config(MethodConfig):
         ),
     ] = "simulation"
     gan: Annotated[GanConfig | None, Field(description="adversarial loss; null for none")] = None
+
+    @property
+    def fixed_steps(self) -> int:
+        """The student's steps."""
+        return self.student_steps
 
     @field_validator("student_time_range")
     @classmethod
@@ -108,7 +121,8 @@ class DMD2(Distiller):
     def needs(cls, config: DMD2Config) -> Needs:
         """Return: student and fake, labels alone unless images are noised or discriminated, a head with the latter."""
         has_images = config.gan is not None or config.initial == "data"
-        return Needs("images" if has_images else "labels", trained=("student", "fake"), head=config.gan is not None)
+        head = None if config.gan is None else config.gan.tap
+        return Needs("images" if has_images else "labels", trained=("student", "fake"), head=head)
 
     def __init__(self, config: DMD2Config, teacher: Denoiser, roles: Roles, total_steps: int) -> None:
         self.config, self.teacher, self.roles, self.schedule = config, teacher, roles, teacher.schedule
@@ -127,10 +141,11 @@ class DMD2(Distiller):
         return self._student_loss(batch, rng) if turn.name == "student" else self._fake_loss(batch, rng)
 
     def _student_loss(self, batch: Batch, rng: Rng) -> Loss:
-        x_g = self._generate(batch, rng)
+        k = self._draw_step(rng)
+        x_g = self._generate(batch, rng, k)
         x_sg = x_g.detach()
         real = guided_teacher(self.teacher, self.config.guidance, self.config.guidance_interval, batch.size, rng)
-        state = matching.noised(x_sg, self.schedule, rng, *self.config.student_time_range)
+        state = noised(x_sg, self.schedule, rng, *self._shares(k, *self.config.student_time_range))
         gradient = matching.matching_gradient(x_sg, state, real, self.roles["fake"], batch.cond, self.config.normaliser)
         total = losses.surrogate(x_g, gradient).mean()
         terms = {"matching": total.detach(), "gradient_abs": gradient.abs().mean()}
@@ -138,15 +153,16 @@ class DMD2(Distiller):
             adversarial = losses.generator_gan_loss(self._logits(x_g, batch.cond, rng)).mean()
             total = total + self.config.gan.generator_weight * adversarial
             terms["adversarial"] = adversarial.detach()
-        return Loss(total, terms, carry={"x_g": x_sg})
+        return Loss(total, terms, carry={"x_g": x_sg, "step": torch.tensor(k)})
 
     def _fake_loss(self, batch: Batch, rng: Rng) -> Loss:
         if "x_g" in batch.carry:  # the student's turn of this step has made the images
-            x_g = batch.carry["x_g"]
+            x_g, k = batch.carry["x_g"], int(batch.carry["step"])
         else:
+            k = self._draw_step(rng)
             with torch.no_grad():
-                x_g = self._generate(batch, rng)
-        state = matching.noised(x_g, self.schedule, rng)
+                x_g = self._generate(batch, rng, k)
+        state = noised(x_g, self.schedule, rng, *self._shares(k))
         total = matching.fake_loss(self.roles["fake"], x_g, state, batch.cond, self.config.fake_loss).mean()
         terms = {"fake": total.detach()}
         if self.config.gan is not None:
@@ -155,9 +171,24 @@ class DMD2(Distiller):
             terms["discriminator"] = discriminator.detach()
         return Loss(total, terms)
 
-    def _generate(self, batch: Batch, rng: Rng) -> Tensor:
-        """Return x_g of one step k, equal for all processes: otherwise they would run different numbers of passes."""
-        k = rng.shared_integer(self.config.student_steps)
+    def _draw_step(self, rng: Rng) -> int:
+        """Return the student's step k, equal for all processes: otherwise they would run different numbers of passes."""
+        return rng.shared_integer(self.config.student_steps)
+
+    def _shares(self, k: int, low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
+        """Return the shares of the noising process between which the outputs of step k are compared.
+
+        What step k makes is noised to t_{k+1} before the next step sees it, so it need only be right from there on, and above t_k
+        it is the step before that decides. The intervals do not overlap, so one fake network knows each step's outputs apart.
+        Source: TDM (arXiv:2503.06674), Sec. 4.
+        """
+        if self.config.matching_times == "all":
+            return low, high
+        upper, lower = share_of(self.schedule, self._rollout.grid.times[k : k + 2]).tolist()
+        return max(low, lower), min(high, upper)
+
+    def _generate(self, batch: Batch, rng: Rng, k: int) -> Tensor:
+        """Return x_g of step k."""
         student = self.roles["student"]
         if self.config.initial == "simulation":
             x_t = matching.student_input(student, self._rollout, batch.cond, rng, k)
@@ -176,7 +207,7 @@ class DMD2(Distiller):
     def _logits(self, x0: Tensor, cond: Condition, rng: Rng) -> Tensor:
         """Return the discriminator's logits of clean states, (B,), read at a fresh time and noise; keeps the graph to x0."""
         assert self.config.gan is not None
-        state = matching.noised(x0, self.schedule, rng)
+        state = noised(x0, self.schedule, rng)
         reader = self.teacher if self.config.gan.features == "teacher" else self.roles["fake"]
         assert self.roles.head is not None, "the adversarial loss needs a head"
         return self.roles.head(features(reader, state.x_t, state.t, cond, self.config.gan.tap))

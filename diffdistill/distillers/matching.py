@@ -1,4 +1,4 @@
-"""What DMD and DMD2 share: the law of t, the rollout, the matching gradient, the fake network's loss.
+"""What DMD and DMD2 share: the rollout, the matching gradient, the fake network's loss.
 
 Distribution matching moves the student's output x_g along the difference of two scores, of the student's distribution
 (learnt online by the fake network) and of the data (the teacher). In x0 form
@@ -7,57 +7,29 @@ s_fake - s_real = (alpha / sigma^2)(D_fake - D_real), so the gradient on x_g is 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from diffdistill.distillers.base import Rng
-from diffdistill.math import losses, transfer, weighting
+from diffdistill.distillers.states import Noised
+from diffdistill.math import losses, weighting
 from diffdistill.math.prediction import Prediction
-from diffdistill.math.schedules import EDMSchedule, Schedule
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.sampling.noise import BatchNoise
 from diffdistill.sampling.sampler import Sampler
 
-FakeLossKind = Literal["network", "epsilon", "v_prediction", "sample", "flow_prediction", "edm"]
+FakeLossKind = Literal["network", "epsilon", "v_prediction", "sample", "flow_prediction", "edm", "alpha_epsilon"]
 FakeLoss = Annotated[
     FakeLossKind,
     Field(
         description="output type whose squared error trains the fake network: 'network' for its own; 'edm' is the x0 error with "
-        "weight sigma^-2 + 4, for EDM networks"
+        "weight sigma^-2 + 4, for EDM networks; 'alpha_epsilon' the eps error times alpha^2, SwiftBrush's"
     ),
 ]
-
-
-class Noised(NamedTuple):
-    """States carried to a noise level: x_t (B, ...) at t (B,)."""
-
-    x_t: Tensor
-    t: Tensor
-
-
-def diffusion_time(schedule: Schedule, u: Tensor) -> Tensor:
-    """Return the time of a share u in [0, 1] of the noising process, (B,) float64.
-
-    VP: from timestep 0 to T-1, the integers of the papers continued; flow and Trig: linear in t, for a shifted flow the
-    time before the shift, so that the shift acts on the law; EDM: Karras' ramp with rho = 7, whose 1000 points DMD2
-    indexes uniformly.
-    """
-    if isinstance(schedule, EDMSchedule):
-        low, high = schedule.sigma_min ** (1 / 7), schedule.t_max ** (1 / 7)
-        return (low + u * (high - low)) ** 7
-    first = max(schedule.t_clean, 0.0)  # VP networks never saw times below 0
-    return first + u * (schedule.t_max - first)
-
-
-def noised(x0: Tensor, schedule: Schedule, rng: Rng, low: float = 0.0, high: float = 1.0) -> Noised:
-    """Carry clean states to times whose share of the process is uniform in [low, high); noise is fresh."""
-    t = diffusion_time(schedule, rng.uniform(len(x0), low, high))
-    eps = rng.normal(x0.shape).to(x0.dtype)
-    return Noised(transfer.add_noise(x0, eps, schedule.coefficients(t)), t)
 
 
 def student_input(student: Denoiser, sampler: Sampler, cond: Condition, rng: Rng, step: int) -> Tensor:
@@ -113,10 +85,12 @@ def fake_loss(fake: Denoiser, x_g: Tensor, state: Noised, cond: Condition, kind:
         fake: the network, one pass.
         x_g: the student's clean output, what it should find at `state`.
         kind: output type whose error is squared, "network" for its own, the weight it was trained with; "edm" for
-            sigma^-2 + 1 / 0.5^2. Whatever the weight, the optimum is the posterior mean of the student's outputs.
+            sigma^-2 + 1 / 0.5^2, "alpha_epsilon" for alpha^2 times the eps error. Whatever the weight, the optimum is the
+            posterior mean of the student's outputs.
     """
     prediction = fake(state.x_t, state.t, cond)
     kind = prediction.kind if kind == "network" else kind  # type: ignore[assignment]
     point = (prediction.alpha, prediction.sigma)
-    weight = weighting.edm(*point) if kind == "edm" else weighting.of_kind(kind, *point)
+    named = {"edm": weighting.edm, "alpha_epsilon": weighting.alpha_epsilon}
+    weight = named[kind](*point) if kind in named else weighting.of_kind(kind, *point)
     return losses.fake_score_loss(prediction.x0, x_g, weight)

@@ -17,8 +17,10 @@ Departures from the paper and its code:
 - Times are the schedule's own on its trailing grid, not a cosine log-SNR clipped to [-20, 20]; any teacher is accepted.
 - Our grids end where sigma = 0 exactly, so at the last step invDDIM is D_source(x_u', u') up to rounding. As in the paper's
   code, that value is taken there.
-- Guidance may act on the stage's teacher. Only the first stage of a chain wants it (its student has it built in); the
-  paper has none, arXiv:2210.03142 does the same with w as an input.
+- Guidance may act on the stage's teacher. Only the first stage of a chain wants it, since its student has it built in; the
+  paper has none.
+- After method guidance with w as an input this is stage 2 of arXiv:2210.03142: source and student are told the same w, drawn
+  for every sample, and the source is not guided a second time.
 - The learning rate is the engine's; the paper lets it fall to 0 inside every stage.
 """
 
@@ -26,10 +28,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffdistill.distillers.base import Batch, Distiller, Loss, MethodConfig, Needs, Rng, Turn
-from diffdistill.distillers.guidance import GuidanceInterval, GuidanceScale, guided_teacher
+from diffdistill.distillers.guidance import (
+    GuidanceInput,
+    GuidanceInterval,
+    GuidanceScale,
+    check_guidance_input,
+    draw_guidance,
+    extra_inputs,
+    guided_by,
+    sampled_with,
+    told_guidance,
+)
 from diffdistill.errors import UserError
 from diffdistill.math import grids, losses, transfer, weighting
 from diffdistill.math.grids import TimeGrid
@@ -52,6 +64,7 @@ class ProgressiveConfig(MethodConfig):
     ] = "truncated_snr"
     guidance: GuidanceScale = 1.0
     guidance_interval: GuidanceInterval = None
+    guidance_input: GuidanceInput = None
     clip: Annotated[
         float | None,
         Field(
@@ -60,6 +73,21 @@ class ProgressiveConfig(MethodConfig):
             "[-1, 1]; null for none. Training never clips",
         ),
     ] = None
+
+    @property
+    def fixed_steps(self) -> int:
+        """The student's steps."""
+        return self.student_steps
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ProgressiveConfig:
+        check_guidance_input(self.guidance_input, self.guidance)
+        if self.guidance_input is not None and self.guidance_interval is not None:
+            raise ValueError(
+                "guidance_interval has no effect where w is an input: the source has its guidance built in. Set it in the "
+                "stage that made the source, method guidance"
+            )
+        return self
 
 
 _WEIGHTS = {"truncated_snr": weighting.truncated_snr, "snr_plus_one": weighting.snr_plus_one, "uniform": weighting.uniform}
@@ -75,8 +103,9 @@ class Progressive(Distiller):
 
     @classmethod
     def needs(cls, config: ProgressiveConfig) -> Needs:
-        """Return: images, a trained student, and the stage's teacher as `source`."""
-        return Needs("images", trained=("student",), frozen=("source",))
+        """Return: images, a trained student, the stage's teacher as `source`, and w as an input where asked for."""
+        inputs = extra_inputs(config.guidance_input)
+        return Needs("images", trained=("student",), frozen=("source",), extra_inputs=inputs)
 
     def __init__(self, config: ProgressiveConfig, teacher: Denoiser, roles: Roles, total_steps: int) -> None:
         self.config, self.roles, self.schedule = config, roles, teacher.schedule
@@ -95,10 +124,14 @@ class Progressive(Distiller):
         at_u = self.schedule.coefficients(u)
         x_u = transfer.add_noise(batch.x0, rng.normal(batch.x0.shape).to(batch.x0.dtype), at_u)
 
-        source = guided_teacher(self.roles["source"], self.config.guidance, self.config.guidance_interval, batch.size, rng)
-        x0_target = losses.progressive_target(lambda x, t: source(x, t, batch.cond).x0, x_u, u, u_mid, u_end, self.schedule)
+        w = draw_guidance(self.config.guidance, batch.size, rng)
+        cond = told_guidance(batch.cond, w, self.config.guidance_input)
+        source = self.roles["source"]
+        if self.config.guidance_input is None:
+            source = guided_by(source, w, self.config.guidance_interval)
+        x0_target = losses.progressive_target(lambda x, t: source(x, t, cond).x0, x_u, u, u_mid, u_end, self.schedule)
 
-        prediction = self.roles["student"](x_u, u, batch.cond)
+        prediction = self.roles["student"](x_u, u, cond)
         self._refuse_eps_at_pure_noise(prediction.kind)
         loss = _WEIGHTS[self.config.weighting](*at_u) * losses.l2(prediction.x0, x0_target)  # (B,)
         return Loss(loss.mean(), {"loss": loss.mean().detach()})
@@ -118,4 +151,5 @@ class Progressive(Distiller):
 
     def sampler(self, num_steps: int) -> Sampler:
         """Return DDIM on the trailing grid; the student is trained for `student_steps` of them."""
-        return Sampler(grids.trailing(self.schedule, num_steps), "ddim", clip=self.config.clip)
+        sampler = Sampler(grids.trailing(self.schedule, num_steps), "ddim", clip=self.config.clip)
+        return sampled_with(sampler, self.config.guidance_input)

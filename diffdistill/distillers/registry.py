@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
+from diffdistill.distillers.agd import AGD
 from diffdistill.distillers.base import Distiller, MethodConfig
 from diffdistill.distillers.consistency import Consistency
 from diffdistill.distillers.dmd import DMD
 from diffdistill.distillers.dmd2 import DMD2
+from diffdistill.distillers.guided import GuidanceDistillation
+from diffdistill.distillers.lcm import LCM
 from diffdistill.distillers.progressive import Progressive
+from diffdistill.distillers.vsd import VSD
 from diffdistill.errors import UserError, unknown_name
 
 ENTRY_POINTS = "diffdistill.distillers"
 
 DISTILLERS: dict[str, type[Distiller]] = {
+    "guidance": GuidanceDistillation,
     "progressive": Progressive,
     "consistency": Consistency,
+    "lcm": LCM,
     "dmd2": DMD2,
     "dmd": DMD,
+    "vsd": VSD,
+    "agd": AGD,
 }
 
 

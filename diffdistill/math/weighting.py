@@ -24,6 +24,11 @@ def snr(alpha: Tensor, sigma: Tensor) -> Tensor:
     return (alpha.double() / sigma.double()) ** 2
 
 
+def alpha_epsilon(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return alpha^4 / sigma^2: the error in eps times alpha^2. Source: SwiftBrush (arXiv:2312.05239), released code."""
+    return alpha.double() ** 2 * snr(alpha, sigma)
+
+
 def truncated_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return max(alpha^2 / sigma^2, 1): the larger of the errors in eps and x0. Source: arXiv:2202.00512, Sec. 4."""
     return snr(alpha, sigma).clamp(min=1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.models.extras import ExtraInputs, extra_inputs_of
+from diffdistill.models.extras import ConditionReader, extra_inputs_of
 
 # The layers of a network that hold adapters, found once at injection and kept in the network's own __dict__, where a deep
 # copy of the network carries them over to its own layers.
@@ -59,7 +59,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _adaptable(network: nn.Module) -> list[str]:
     """Return the names of the layers that can take an adapter; extra inputs are trained whole and take none."""
-    inside_extras = {id(module) for extra in network.modules() if isinstance(extra, ExtraInputs) for module in extra.modules()}
+    readers = [module for module in network.modules() if isinstance(module, ConditionReader)]
+    inside_extras = {id(module) for reader in readers for module in reader.modules()}
     return [
         name
         for name, module in network.named_modules()

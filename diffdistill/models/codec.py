@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,17 @@ class Codec:
             return 1
         blocks = getattr(self.vae.config, "encoder_block_out_channels", None) or self.vae.config.block_out_channels
         return 2 ** (len(blocks) - 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the autoencoder's weights; empty for a pixel model."""
+        if self.vae is None:
+            return ""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ class Condition:
         values = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in self.values.items()}
         return self._with(values, self.batch_size * times)
 
+    def with_values(self, **values: Tensor) -> Condition:
+        """Return the condition with further values, (B, ...) each: a second time, a guidance scale. They have no null."""
+        return self._with({**self.values, **values}, self.batch_size)
+
     def select(self, index: Tensor | slice) -> Condition:
         """Return the rows named by an index tensor, a mask or a slice."""
         values = {name: value[index] for name, value in self.values.items()}

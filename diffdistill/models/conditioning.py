@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
+from diffdistill.files import hash_json, sha256
 from diffdistill.models.condition import Condition
 from diffdistill.models.network import Classes, Family
 
@@ -19,6 +22,7 @@ Asked = Tensor | Sequence[str] | None
 
 Conditioning = Literal["none", "class", "text"]
 PROMPTS_PER_PASS = 32
+TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
 class Conditioner(Protocol):
@@ -115,7 +119,7 @@ class PromptConditioner:
         options: Mapping[str, Any],
     ) -> None:
         self.family, self.path, self.device, self._network = family, path, device, network
-        self._constants = {name: value.to(device) for name, value in constants.items()}
+        self.constants = {name: value.to(device) for name, value in constants.items()}
         self._class_name, self._folder, self._index, self._options = pipeline_class, folder, index, options
         self._pipeline: Any = None
         self._null: dict[str, Tensor] | None = None
@@ -136,8 +140,21 @@ class PromptConditioner:
         if asked is None or isinstance(asked, (Tensor, str)) or not len(asked):
             raise UserError(f"{self.path} makes images from text; give a list of prompts.")
         parts = [self._encode(asked[k : k + PROMPTS_PER_PASS])[0] for k in range(0, len(asked), PROMPTS_PER_PASS)]
-        constants = {name: value.expand(len(asked), *value.shape[1:]) for name, value in self._constants.items()}
+        constants = {name: value.expand(len(asked), *value.shape[1:]) for name, value in self.constants.items()}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | constants
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the text encoders' weights and the tokenizers' files: with the prompts it decides what is encoded."""
+        folder = Path(self._folder)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(self._folder, allow_patterns=["text_encoder*/*", "tokenizer*/*"]))
+        files = sorted(path for path in folder.glob("*/*") if path.is_file() and path.parent.name.startswith(TEXT_PARTS))
+        return hash_json(
+            {path.relative_to(folder).as_posix(): sha256(path) for path in files} | {"options": str(self._options)}
+        )
 
     def release(self) -> None:
         """Free the text encoders; the null value is kept."""
@@ -155,8 +172,10 @@ class PromptConditioner:
 
         pipeline_class = getattr(diffusers, self._class_name)
         parts = inspect.signature(pipeline_class.__init__).parameters
-        components = {name: value[1] for name, value in self._index.items() if isinstance(value, (list, tuple)) and name in parts}
-        wanted = ("text_encoder", "tokenizer", "scheduler")
+        components = {
+            name: value[1] for name, value in self._index.items() if isinstance(value, (list, tuple)) and name in parts
+        }
+        wanted = (*TEXT_PARTS, "scheduler")
         left_out = {name: None for name, kind in components.items() if kind is None or not name.startswith(wanted)}
         network = {self.family.component: self._network}
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,7 @@ from diffdistill.models.condition import Condition
 if TYPE_CHECKING:
     from diffdistill.models.network import Family  # which may import `feeding` from here
 
-_MODULE = "extra_inputs"  # where the ExtraInputs hangs in the network, and so the prefix of its parameters' names
+MODULE = "extra_inputs"  # where the ConditionReader hangs in the network, and so the prefix of its parameters' names
 
 # name -> the value that counts as full scale when the caller does not say: the embedding resolves differences of about a
 # thousandth of it, as diffusers' time embedding does for 0..1000.
@@ -50,16 +51,49 @@ class ValueEmbedding(nn.Module):
         return self.linear_out(nn.functional.silu(self.linear_in(waves)))
 
 
-class ExtraInputs(nn.Module):
-    """The embeddings of a network's extra inputs, and the values of the call under way.
+class ConditionReader(nn.Module, ABC):
+    """What a network has beyond its architecture and feeds from the condition: `ExtraInputs`, or guidance adapters.
+
+    A network has one at most. Copied with the network, its hooks feed from the copy's own.
 
     Attributes:
-        embeddings: name -> ValueEmbedding.
-        values: name -> (B,), set by `holding` around one call of the network; None outside.
+        values: name -> (B, ...), set by `holding` around one call of the network; None outside.
         stock_pipeline_can_carry: False, for `reason`.
     """
 
     stock_pipeline_can_carry: ClassVar[bool] = False
+    reason: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: Mapping[str, Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[str, ...]:
+        """Names of the condition's values that it takes."""
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Hold the values for one call; what was held before is restored on exit.
+
+        Held again inside the call (activation checkpointing does), nothing is restored: what a reader has added meanwhile stays.
+        """
+        before, self.values = self.values, values
+        try:
+            yield
+        finally:
+            if before is not values:
+                self.values = before
+
+
+class ExtraInputs(ConditionReader):
+    """The embeddings of a network's extra inputs.
+
+    Attributes:
+        embeddings: name -> ValueEmbedding.
+    """
+
     reason: ClassVar[str] = (
         "the stock network class has no place for the embedding's weights, and the stock pipeline does not pass the value"
     )
@@ -67,16 +101,11 @@ class ExtraInputs(nn.Module):
     def __init__(self, width: int, full_scales: Mapping[str, float]) -> None:
         super().__init__()
         self.embeddings = nn.ModuleDict({name: ValueEmbedding(width, scale) for name, scale in full_scales.items()})
-        self.values: Mapping[str, Tensor] | None = None
 
-    @contextlib.contextmanager
-    def holding(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Hold the values for one call; what was held before is restored on exit."""
-        before, self.values = self.values, values
-        try:
-            yield
-        finally:
-            self.values = before
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Return the names of the inputs."""
+        return tuple(self.embeddings)
 
     def add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Return the time embedding (B, D) plus those of the held values: the forward hook of the time modules.
@@ -95,10 +124,10 @@ class ExtraInputs(nn.Module):
         return output
 
 
-def extra_inputs_of(network: nn.Module) -> ExtraInputs | None:
-    """Return the network's extra inputs, None where it has none."""
-    extra = network._modules.get(_MODULE)
-    return extra if isinstance(extra, ExtraInputs) else None
+def extra_inputs_of(network: nn.Module) -> ConditionReader | None:
+    """Return the network's extra inputs or guidance adapters, None where it has neither."""
+    extra = network._modules.get(MODULE)
+    return extra if isinstance(extra, ConditionReader) else None
 
 
 def feeding(network: nn.Module, cond: Condition) -> contextlib.AbstractContextManager[None]:
@@ -109,10 +138,10 @@ def feeding(network: nn.Module, cond: Condition) -> contextlib.AbstractContextMa
     extra = extra_inputs_of(network)
     if extra is None:
         return contextlib.nullcontext()
-    return extra.holding({name: cond.values[name] for name in extra.embeddings if name in cond.values})
+    return extra.holding({name: cond.values[name] for name in extra.reads if name in cond.values})
 
 
-def _width(module: nn.Module) -> int:
+def time_width(module: nn.Module) -> int:
     """Return the width of a time module's output: that of its last linear layer."""
     linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
     if not linears:
@@ -147,13 +176,13 @@ def add_extra_inputs(network: nn.Module, family: Family, names: Sequence[str] | 
     if extra_inputs_of(network) is not None:
         raise UserError("this network has extra inputs already; name all of them in one call.")
     modules = family.time_modules(network)
-    widths = {_width(module) for module in modules}
+    widths = {time_width(module) for module in modules}
     if len(widths) != 1:
         raise UserError(f"extra inputs need time embeddings of one width; {type(network).__name__} has {sorted(widths)}.")
     scales = names if isinstance(names, Mapping) else {name: KNOWN[name] for name in names}
     extra = ExtraInputs(widths.pop(), scales)
     reference = next(parameter for parameter in modules[0].parameters())
-    network.add_module(_MODULE, extra.to(reference.device, reference.dtype).eval())
+    network.add_module(MODULE, extra.to(reference.device, reference.dtype).eval())
     for module in modules:
         module.register_forward_hook(extra.add)  # a bound method: deepcopy rebinds it to the copy of `extra`
     return extra

@@ -84,6 +84,12 @@ class Teacher:
         """
         return conditioning.condition(self.conditioner, asked, batch_size)
 
+    def examples(self, num: int) -> Asked:
+        """Return something to ask for in `num` samples: the classes in turn, empty prompts, or nothing."""
+        if isinstance(self.conditioner, PromptConditioner):
+            return [""] * num
+        return None if self.num_classes is None else torch.arange(num) % self.num_classes
+
 
 def resolve(path: str | Path) -> str:
     """Return the folder of an embedded teacher's name; any other path or hub id as it is."""

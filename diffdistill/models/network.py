@@ -87,6 +87,10 @@ class Family(ABC):
         """Return the guidance by two passes that the teacher is usually sampled with; 1 where it is an input of the network."""
         return of_pipeline
 
+    def call_guidance(self, guidance: float) -> float:
+        """Return what the stock pipeline's `guidance_scale` must be for guidance by two passes of the given scale."""
+        return guidance
+
     def num_tokens(self, network: Any, sample_shape: tuple[int, int, int]) -> int | None:
         """Return the image tokens of one state, which a dynamic flow shift depends on; None where there are none."""
         return None

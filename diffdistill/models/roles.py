@@ -5,6 +5,9 @@
     copies   yes    teacher's own, and one per role                 the copy's adapter (and its extra inputs)
     shared   yes    one; the teacher is the network, adapters off   the role's adapter
 
+With guidance adapters in place of lora (`guidance_adapters`) a role trains these alone; layout "shared" then has room for
+one role, which shares the teacher's network.
+
 A loss computed on shared views has exactly the gradients of separate copies with adapters, with several views in one graph
 and under activation checkpointing too. Two rules make it so: a view switches the active adapter around the call and nothing
 else (`adapters.role_context`), and requires_grad changes once per turn (`train_only`), never while a graph is alive.
@@ -32,7 +35,8 @@ from diffdistill.models.adapters import (
     role_context,
 )
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.models.extras import extra_inputs_of
+from diffdistill.models.extras import add_extra_inputs, extra_inputs_of
+from diffdistill.models.guidance_adapters import GuidanceAdapterSpec, add_guidance_adapters, muted
 
 Layout = Literal["copies", "shared"]
 
@@ -40,6 +44,8 @@ HEAD = "head"  # the role under which a discriminator head is trained; it is no 
 
 # diffusers keeps these as parameters, but they are constants of the architecture: random frequencies of a time embedding.
 _CONSTANT_MODULES = ("GaussianFourierProjection",)
+
+_ONE_NETWORK = "extra inputs belong to a network, and layout 'shared' has one for all roles. Use layout 'copies'."
 
 
 class Roles:
@@ -190,6 +196,8 @@ def build_roles(
     lora: LoraSpec | None = None,
     template: Denoiser | None = None,
     head: nn.Module | None = None,
+    extra_inputs: Sequence[str] = (),
+    guidance_adapters: GuidanceAdapterSpec | None = None,
 ) -> Roles:
     """Build the roles of a run. All start equal to the template; all require gradient until the first `train_only`.
 
@@ -200,6 +208,8 @@ def build_roles(
         lora: which layers take adapters, and their ranks; None trains whole copies.
         template: a denoiser with a network, from which copies are made: schedule, prediction type and start; None: the teacher.
         head: discriminator head, trained under the name "head".
+        extra_inputs: further inputs of the roles' networks, see `extras`; the teacher has none.
+        guidance_adapters: trained in place of whole networks or LoRA, see `guidance_adapters`; the teacher's are muted.
     Raises:
         UserError: the layout asks for what is not there (shared without lora, a network that holds adapters already, LoRA
             targets that match nothing, a teacher without network and no template).
@@ -207,7 +217,11 @@ def build_roles(
     _check_names(names, lora)
     if layout not in ("copies", "shared"):
         raise unknown_name("layout", layout, ("copies", "shared"))
+    if layout == "shared" and extra_inputs:
+        raise UserError(_ONE_NETWORK)
     source: Any = teacher if template is None else template
+    if extra_inputs:
+        source = _with_extra_inputs(source, extra_inputs)
     network = _network(source)
     if adapter_layers(network):
         raise UserError(
@@ -215,11 +229,10 @@ def build_roles(
             "(Roles.network_state) into a plain network first."
         )
     presets = getattr(getattr(source, "family", None), "lora_targets", {})
-
-    denoisers: dict[str, Denoiser] = {}
-    trained: dict[str, dict[str, nn.Parameter]] = {}
+    if guidance_adapters is not None:
+        _check_guidance_adapters(names, layout, lora, extra_inputs)
     if layout == "shared":
-        if lora is None:
+        if lora is None and guidance_adapters is None:
             raise UserError(
                 "layout 'shared' keeps one network and tells roles apart by adapters, so it needs lora settings. "
                 "Set lora, or use layout 'copies'."
@@ -230,7 +243,21 @@ def build_roles(
                 "teacher must hold one network. Leave template out, or use layout 'copies'."
             )
         if extra_inputs_of(network) is not None:
-            raise UserError("extra inputs belong to a network, and layout 'shared' has one for all roles. Use layout 'copies'.")
+            raise UserError(_ONE_NETWORK)
+
+    denoisers: dict[str, Denoiser] = {}
+    trained: dict[str, dict[str, nn.Parameter]] = {}
+    if guidance_adapters is not None:
+        for name in names:
+            own = network if layout == "shared" else copy.deepcopy(network).requires_grad_(False)
+            adapters = add_guidance_adapters(own.eval(), source.family, guidance_adapters)
+            whole = {id(parameter) for parameter in adapters.parameters()}
+            trained[name] = {key: parameter for key, parameter in own.named_parameters() if id(parameter) in whole}
+            denoisers[name] = source.with_network(own)
+        if layout == "shared":
+            teacher = source.with_role(partial(muted, network))
+    elif layout == "shared":
+        assert lora is not None
         network.eval()
         inject_adapters(network, names, lora, presets)
         teacher = source.with_role(partial(role_context, network, None))
@@ -247,7 +274,7 @@ def build_roles(
                 inject_adapters(own, (name,), lora, presets)
                 denoiser = denoiser.with_role(partial(role_context, own, name))
                 extra = extra_inputs_of(own)
-                whole = {} if extra is None else {id(parameter) for parameter in extra.parameters()}
+                whole = set() if extra is None else {id(parameter) for parameter in extra.parameters()}
                 trained[name] = adapter_parameters(own, name) | {
                     key: parameter for key, parameter in own.named_parameters() if id(parameter) in whole
                 }
@@ -331,6 +358,14 @@ def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -
             )
 
 
+def _check_guidance_adapters(names: Sequence[str], layout: Layout, lora: LoraSpec | None, extra_inputs: Sequence[str]) -> None:
+    """Raise UserError where guidance adapters meet what they cannot be combined with."""
+    if lora is not None or extra_inputs:
+        raise UserError("guidance adapters are trained alone, in place of lora and extra inputs; leave these out.")
+    if layout == "shared" and len(names) > 1:
+        raise UserError(f"a network holds guidance adapters of one role; got {list(names)}. Use layout 'copies'.")
+
+
 def _check_names(names: Sequence[str], lora: LoraSpec | None) -> None:
     """Raise UserError for role names that cannot be."""
     taken = {"teacher", HEAD}
@@ -356,6 +391,15 @@ def _network(denoiser: Any) -> nn.Module:
     if not isinstance(getattr(denoiser, "network", None), nn.Module) or not hasattr(denoiser, "with_network"):
         raise UserError(f"{type(denoiser).__name__} has no network to make roles of; give build_roles a template that has one.")
     return denoiser.network
+
+
+def _with_extra_inputs(denoiser: Any, names: Sequence[str]) -> Any:
+    """Return the denoiser around a copy of its network that takes extra inputs, with the same initial values in every process."""
+    network = copy.deepcopy(_network(denoiser))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        add_extra_inputs(network, denoiser.family, names)
+    return denoiser.with_network(network)
 
 
 def _freeze(teacher: Denoiser) -> None:

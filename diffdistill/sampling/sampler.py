@@ -58,6 +58,8 @@ class Sampler:
         eta: noise of "ddim" (diffusers' eta) and "sde"; 0 for none.
         guidance: w counted from 1.
         clip: bound on |x0| in every step, or None; few-step pixel models use 1.
+        guidance_as_input: whether the network takes w as an extra input, "guidance" in the condition, in one evaluation; otherwise
+            w != 1 asks it twice, with and without the condition.
     """
 
     grid: TimeGrid
@@ -65,6 +67,7 @@ class Sampler:
     eta: float = 0.0
     guidance: float = 1.0
     clip: float | None = None
+    guidance_as_input: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -73,10 +76,10 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations an image: Heun two a step but the last, guidance doubles."""
+        """Network evaluations an image: Heun two a step but the last; guidance doubles unless it is an input."""
         lands_clean = float(self.grid.times[-1]) <= self.grid.schedule.t_clean
         calls = 2 * self.num_steps - int(lands_clean) if self.rule == "heun" else self.num_steps
-        return calls * (1 if self.guidance == 1 else 2)
+        return calls * (1 if self.guidance == 1 or self.guidance_as_input else 2)
 
     def initial(self, noise: DrawsNoise, shape: tuple[int, ...]) -> Tensor:
         """Return the state the sampler starts from: pure noise scaled to the first time's spread.
@@ -111,7 +114,11 @@ class Sampler:
         num_steps: int,
         record: Callable[[State], None] | None,
     ) -> Tensor:
-        net = guided(denoiser, self.guidance)
+        if self.guidance_as_input:
+            w = torch.full((len(x),), self.guidance, dtype=torch.float64, device=x.device)
+            net, cond = denoiser, cond.with_values(guidance=w)
+        else:
+            net = guided(denoiser, self.guidance)
         times = self.grid.times.to(x.device)
         last: Estimate | None = None
         for i, (t_float, r_float) in enumerate(islice(self.grid.pairs(), num_steps)):

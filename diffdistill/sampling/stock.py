@@ -35,18 +35,19 @@ NO_LAMBDA_CLIP = -1e9  # stands for diffusers' -inf, which is not valid JSON
 TIMESTEP_SCALING = 1e4  # c_skip of LCM is 2.5e-9 at t = 1; with the default of 10 it is 2.5e-3
 
 
-def scheduler_config(sampler: Sampler, training: Mapping[str, Any]) -> dict[str, Any]:
+def scheduler_config(sampler: Sampler, training: Mapping[str, Any], gives_sigmas: bool = False) -> dict[str, Any]:
     """Return class name (under "_class_name") and every field of the stock scheduler with the sampler's states.
 
     Args:
         sampler: the grid and rule; guidance belongs to the pipeline and is not looked at here.
         training: the teacher's scheduler config: betas or shift, and prediction type.
+        gives_sigmas: whether the pipeline calls `set_timesteps(sigmas=1 .. 1/n)`, as Flux's does, in place of `set_timesteps(n)`.
     Raises:
-        UserError: no stock scheduler makes these states from `set_timesteps(num_steps)`; says why and what works.
+        UserError: no stock scheduler makes these states from that call; says why and what works.
     """
     schedule = sampler.grid.schedule
     if isinstance(schedule, RectifiedFlowSchedule):
-        config = _flow_config(sampler, training)
+        config = _flow_config(sampler, training, gives_sigmas)
     elif isinstance(schedule, VPSchedule):
         config = _vp_config(sampler, schedule, training)
     else:
@@ -54,7 +55,7 @@ def scheduler_config(sampler: Sampler, training: Mapping[str, Any]) -> dict[str,
             f"a grid on {type(schedule).__name__} has no stock scheduler here. Make it on the teacher's own "
             "schedule: grids.trailing(teacher.denoiser.schedule, num_steps)."
         )
-    _check_visits(config, sampler)
+    _check_visits(config, sampler, gives_sigmas)
     return config
 
 
@@ -327,7 +328,7 @@ def _lcm_original(grid: TimeGrid) -> int | None:
 # Flows
 
 
-def _flow_config(sampler: Sampler, training: Mapping[str, Any]) -> dict[str, Any]:
+def _flow_config(sampler: Sampler, training: Mapping[str, Any], gives_sigmas: bool) -> dict[str, Any]:
     schedule, num_steps = sampler.grid.schedule, sampler.num_steps
     if sampler.rule not in ("ddim", "renoise") or sampler.eta > 0:
         raise UserError(
@@ -339,7 +340,9 @@ def _flow_config(sampler: Sampler, training: Mapping[str, Any]) -> dict[str, Any
     if not _same(sampler.grid, grids.trailing(schedule, num_steps)):
         raise _no_grid(sampler, "the sigmas of a flow are given by shift and number of steps")
     total = int(training.get("num_train_timesteps", 1000))
-    shift, terminal = _flow_shift(schedule.shift, num_steps, total)  # type: ignore[attr-defined]
+    shift, terminal = schedule.shift, None  # type: ignore[attr-defined]
+    if not gives_sigmas:
+        shift, terminal = _flow_shift(shift, num_steps, total)
     return _explicit(
         "FlowMatchEulerDiscreteScheduler",
         num_train_timesteps=total,
@@ -400,10 +403,18 @@ def _explicit(class_name: str, **chosen: Any) -> dict[str, Any]:
     }
 
 
-def _check_visits(config: Mapping[str, Any], sampler: Sampler) -> None:
+def set_steps(scheduler: Any, num_steps: int, gives_sigmas: bool = False) -> None:
+    """Set a stock scheduler's times as the pipeline does: by their number, or by even sigmas that it then shifts."""
+    if gives_sigmas:
+        scheduler.set_timesteps(sigmas=[1 - k / num_steps for k in range(num_steps)])
+    else:
+        scheduler.set_timesteps(num_steps)
+
+
+def _check_visits(config: Mapping[str, Any], sampler: Sampler, gives_sigmas: bool) -> None:
     """Ask the stock scheduler itself which times it visits, and refuse if they are not the sampler's."""
     scheduler = build_scheduler(config)
-    scheduler.set_timesteps(sampler.num_steps)
+    set_steps(scheduler, sampler.num_steps, gives_sigmas)
     visited, wanted = scheduler.timesteps.tolist(), stock_times(sampler)
     if len(visited) != len(wanted) or max(abs(a - b) for a, b in zip(visited, wanted, strict=True)) > 1e-2:
         raise UserError(

@@ -4,7 +4,20 @@ import math
 
 import pytest
 import torch
-from distiller_support import DTYPE, ChosenRng, Recorder, StandIn, full, make_affine, rng, run, schedules, vp
+from distiller_support import (
+    DTYPE,
+    ChosenRng,
+    Recorder,
+    StandIn,
+    exact_moments,
+    full,
+    make_affine,
+    rng,
+    run,
+    schedules,
+    solve,
+    vp,
+)
 from pydantic import ValidationError
 
 from diffdistill.distillers.base import Batch
@@ -13,8 +26,8 @@ from diffdistill.distillers.consistency import (
     ConsistencyConfig,
     consistency_function,
     draw_ect,
-    draw_interval,
 )
+from diffdistill.distillers.states import draw_interval
 from diffdistill.errors import UserError
 from diffdistill.math import grids, transfer
 from diffdistill.math.prediction import Prediction
@@ -39,39 +52,6 @@ def method(schedule, mean=0.0, kind="sample", ema=0.0, **config):
     return teacher, roles, Consistency(config, teacher, roles, 100)
 
 
-def exact_moments(num_intervals, teacher):
-    """Data and noise of variances c and 1 and no correlation, four samples for every interval."""
-    one = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=DTYPE)
-    other = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=DTYPE)
-    size = 4 * num_intervals
-    mean = teacher.mean(Condition.none(1))[0]
-    x0 = mean + math.sqrt(VARIANCE) * one.repeat(num_intervals).reshape(size, *SHAPE)
-    index = torch.arange(num_intervals).repeat_interleave(4)
-    return Batch(Condition.none(size), x0), ChosenRng(other.repeat(num_intervals).reshape(size, *SHAPE), index)
-
-
-def solve(distiller, roles, data, random):
-    """Find the fixed point exactly: with the target held the loss is a separate parabola per node, and the exact value
-    travels one interval per sweep."""
-    slope = roles["student"].network.slope
-    turn = distiller.turns(0)[0]
-
-    def gradient():
-        slope.grad = None
-        distiller.loss(turn, data, random, 0).total.backward()
-        return slope.grad.clone()
-
-    for _ in range(len(slope)):
-        roles.train_only(("student",))
-        at = gradient()
-        with torch.no_grad():
-            slope += 1
-        step = at / (gradient() - at)
-        with torch.no_grad():
-            slope -= 1 + step
-        distiller.after(turn, 0)
-
-
 def slope_of_f(distiller, roles):
     """d f / d x at the noisiest time."""
     grid = distiller.grid(0)
@@ -86,7 +66,7 @@ def slope_of_f(distiller, roles):
 )
 def test_fixed_points_on_the_karras_grid_are_the_closed_form_products(mode, solver, expected):
     teacher, roles, distiller = method(EDMSchedule(), mode=mode, solver=solver)
-    data, random = exact_moments(17, teacher)
+    data, random = exact_moments(teacher, VARIANCE, 17)
     solve(distiller, roles, data, random)
     assert slope_of_f(distiller, roles) == pytest.approx(expected, abs=5e-8)
     grid = distiller.grid(0)
@@ -106,7 +86,7 @@ def test_fixed_points_on_the_karras_grid_are_the_closed_form_products(mode, solv
 def test_the_fixed_point_is_the_same_in_other_coordinates_and_output_types(kind):
     schedule = vp()
     teacher, roles, distiller = method(schedule, kind=kind, grid={"kind": "karras", "sigma_max": 80.0})
-    solve(distiller, roles, *exact_moments(17, teacher))
+    solve(distiller, roles, *exact_moments(teacher, VARIANCE, 17))
     first, last = (schedule.alpha(distiller.grid(0).times[i]) for i in (0, -1))  # x' = alpha x
     assert slope_of_f(distiller, roles) * float(first / last) == pytest.approx(0.0058052, abs=5e-8)
 
@@ -331,3 +311,25 @@ def test_noise_levels_outside_the_schedule_are_refused():
     with pytest.raises(UserError, match="inverse_gap"):
         Consistency(ConsistencyConfig(grid={"kind": "trailing"}, weighting="inverse_gap"), teacher, StandIn(teacher), 1)
     Consistency(ConsistencyConfig(grid={"kind": "karras", "sigma_max": 80.0}), teacher, StandIn(teacher), 1)
+
+
+@pytest.mark.parametrize(("solver", "passes"), [("ddim", 3), ("heun", 6)])
+def test_solver_steps_divide_the_teachers_way_and_not_the_students(solver, passes):
+    """With three solver steps an interval the fixed point is the product over the finer times, on the same coarse nodes."""
+    teacher, roles, distiller = method(EDMSchedule(), solver=solver, solver_steps=3)
+    data, random = exact_moments(teacher, VARIANCE, 17)
+    solve(distiller, roles, data, random)
+    grid = distiller.grid(0)
+    t, r = grid.times[:-1, None], grid.times[1:, None]
+    fine = t + (r - t) * torch.arange(4, dtype=DTYPE) / 3
+    kappa = teacher.heun_kappa if solver == "heun" else teacher.kappa
+    factors = kappa(fine[:, :-1].flatten(), fine[:, 1:].flatten())
+    assert slope_of_f(distiller, roles) == pytest.approx(float(factors.prod()), rel=1e-9)
+    distiller.teacher = Recorder(teacher)
+    distiller.loss(distiller.turns(0)[0], data, random, 0)
+    assert len(distiller.teacher.calls) == passes and not any(graph for _, graph, _, _ in distiller.teacher.calls)
+
+
+def test_training_takes_no_solver_steps():
+    with pytest.raises(ValidationError, match="solver_steps"):
+        ConsistencyConfig(mode="training", solver_steps=2)

@@ -4,21 +4,21 @@ import itertools
 
 import pytest
 import torch
-from distiller_support import rng, vp
+from distiller_support import CLASSES, network_teacher, rng
 
 from diffdistill.distillers import registry
-from diffdistill.distillers.base import Batch, PairBatch
+from diffdistill.distillers.base import Batch, PairBatch, TrajectoryBatch
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.condition import Condition
-from diffdistill.models.families.dit import DiT
-from diffdistill.models.families.unet2d import UNet2D
 from diffdistill.models.heads import build_head
-from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.roles import build_roles
 
-SIZE, CLASSES = 4, 3
+SIZE = 4
 METHODS = {
+    "guidance": ("guidance", {"guidance": 2.0}),
+    "guidance-w": ("guidance", {"guidance": (1.0, 5.0), "guidance_input": 3.0, "guidance_interval": (0.2, 5.0)}),
     "progressive": ("progressive", {"guidance": 2.0}),
+    "progressive-w": ("progressive", {"guidance": (1.0, 5.0), "guidance_input": 3.0}),
     "cd": ("consistency", {"solver": "heun", "ema_decay": 0.9, "guidance": (1.0, 3.0), "grid": {"kind": "karras"}}),
     "ict": (
         "consistency",
@@ -34,47 +34,18 @@ METHODS = {
         "consistency",
         {"grid": {"kind": "index"}, "distance": "huber_elementwise", "guidance": 2.0, "guidance_interval": (0.2, 5.0)},
     ),
+    "lcm": ("lcm", {"guidance": (1.0, 3.0), "ema_decay": 0.9}),
+    "lcm-w": ("lcm", {"guidance": (1.0, 5.0), "guidance_input": 3.0, "ema_decay": 0.9, "distance": "l2"}),
     "dmd2": ("dmd2", {"student_steps": 2, "guidance": 2.0}),
     "dmd2-gan": ("dmd2", {"student_steps": 2, "gan": {"generator_weight": 0.1}}),
     "dmd2-gan-fake": ("dmd2", {"student_steps": 2, "gan": {"features": "fake"}, "initial": "data"}),
     "dmd": ("dmd", {}),
+    "vsd": ("vsd", {"guidance": 2.0}),
+    "swiftbrush": ("vsd", {"guidance": 2.0, "guided_fake": {"null_share": 0.3}, "fake_loss": "alpha_epsilon"}),
+    "diff-instruct": ("vsd", {"weighting": "diff_instruct", "time_law": "lognormal", "student_time_range": (0.0, 1.0)}),
+    "agd": ("agd", {"adapters": {"hidden_dim": 8}}),
+    "agd-attention": ("agd", {"adapters": {"kind": "cross_attention", "hidden_dim": 8, "gated": True}}),
 }
-
-
-def teacher(family):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if family == "unet2d":
-            from diffusers import UNet2DModel
-
-            network = UNet2DModel(
-                sample_size=8,
-                in_channels=1,
-                out_channels=1,
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                norm_num_groups=4,
-                attention_head_dim=8,
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-                num_class_embeds=CLASSES + 1,
-            )
-        else:
-            from diffusers import DiTTransformer2DModel
-
-            network = DiTTransformer2DModel(
-                sample_size=8,
-                in_channels=1,
-                out_channels=1,
-                patch_size=4,
-                num_layers=2,
-                num_attention_heads=2,
-                attention_head_dim=8,
-                num_embeds_ada_norm=CLASSES,
-                norm_num_groups=4,
-            )
-            torch.nn.init.normal_(network.proj_out_2.weight, std=0.1)
-    return NetworkDenoiser(network.eval(), UNet2D() if family == "unet2d" else DiT(), vp(), "v_prediction", (1, 8, 8))
 
 
 def build(method, layout, family):
@@ -82,12 +53,20 @@ def build(method, layout, family):
     cls = registry.get(name)
     config = cls.Config(**values)
     needs = cls.needs(config)
-    base = teacher(family)
-    lora = LoraSpec(rank=2, targets="all") if layout == "shared" else None
+    base = network_teacher(family)
+    lora = LoraSpec(rank=2, targets="all") if layout == "shared" and needs.guidance_adapters is None else None
     head = build_head(base, "mid", 8) if needs.head else None
     if head is not None:  # a head that is not blind
         torch.nn.init.normal_(head.logit.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-    roles = build_roles(base, needs.trained + needs.frozen, layout, lora, head=head)
+    roles = build_roles(
+        base,
+        needs.trained + needs.frozen,
+        layout,
+        lora,
+        head=head,
+        extra_inputs=needs.extra_inputs,
+        guidance_adapters=needs.guidance_adapters,
+    )
     for role in needs.trained + needs.frozen:  # fresh adapters: B = 0 makes the gradient of A vanish; move off that point
         offset = torch.Generator().manual_seed(len(role))
         for p in roles.parameters(role):
@@ -99,14 +78,20 @@ def batch(needs, carry=None):
     generator = torch.Generator().manual_seed(1)
     cond = Condition.labels(torch.tensor([0, 1, 2, 0]), CLASSES)
     images, noise = (torch.randn(SIZE, 1, 8, 8, generator=generator).clamp(-1, 1) for _ in range(2))
+    times, w = torch.tensor([[900.0, 500.0, 200.0, 50.0], [1.0, 2.0, 4.0, 6.0]], dtype=torch.float64)
     return Batch(
-        cond, images if needs.data == "images" else None, PairBatch(noise, images, cond) if needs.pairs else None, carry or {}
+        cond,
+        images if needs.data == "images" else None,
+        PairBatch(noise, images, cond) if needs.pairs else None,
+        carry or {},
+        TrajectoryBatch(noise, times, w, images, cond) if needs.trajectories else None,
     )
 
 
 def weights(roles, needs):
     trained = {name: roles.state(name) for name in (*needs.trained, *needs.frozen, *(("head",) if needs.head else ()))}
-    base = {key: value.clone() for key, value in roles.teacher.network.state_dict().items() if "lora_" not in key}
+    whole = roles.teacher.network.state_dict()
+    base = {key: value.clone() for key, value in whole.items() if "lora_" not in key and not key.startswith("extra_inputs.")}
     return base, trained
 
 
@@ -121,7 +106,16 @@ def gradients(roles, names):
     return {(name, key): p.grad for name in names for key, p in roles.named_parameters(name).items()}
 
 
-CASES = list(itertools.product(METHODS, ("copies", "shared"), ("unet2d", "dit")))
+def has_inputs(method):
+    cls = registry.get(METHODS[method][0])
+    return bool(cls.needs(cls.Config(**METHODS[method][1])).extra_inputs)
+
+
+CASES = [  # extra inputs belong to a network, so they need copies
+    case
+    for case in itertools.product(METHODS, ("copies", "shared"), ("unet2d", "dit"))
+    if case[1] == "copies" or not has_inputs(case[0])
+]
 
 
 @pytest.mark.parametrize(("method", "layout", "family"), CASES)
@@ -140,7 +134,8 @@ def test_every_method_keeps_the_contract(method, layout, family):
         again = distiller.loss(turn, batch(needs, carry), rng(3), 0)
         other = distiller.loss(turn, batch(needs, carry), rng(4), 0)
         assert loss.total.ndim == 0 and bool(loss.total.isfinite())
-        assert torch.equal(loss.total, again.total) and not torch.equal(loss.total, other.total)
+        assert torch.equal(loss.total, again.total)
+        assert torch.equal(loss.total, other.total) == bool(needs.trajectories)  # what is stored was drawn before
         assert all(v.ndim == 0 and not v.requires_grad for v in loss.terms.values()) and loss.terms
         assert not any(v.requires_grad for v in loss.carry.values())
 
@@ -154,7 +149,7 @@ def test_every_method_keeps_the_contract(method, layout, family):
             assert all(g is None or bool(g.isfinite().all()) for g in own)
 
         # A small step down the gradient lowers the loss at the same randomness, by what the gradient says.
-        surrogate = distiller.name in ("dmd", "dmd2") and turn.name == "student"  # its value is no distance
+        surrogate = distiller.name in ("dmd", "dmd2", "vsd") and turn.name == "student"  # its value is no distance
         square = sum(float((g**2).sum()) for g in found.values() if g is not None)
         rate = min(1e-3, 1e-4 * max(float(loss.total.detach()), 1e-3) / square)
         with torch.no_grad():
@@ -175,7 +170,9 @@ def test_every_method_keeps_the_contract(method, layout, family):
     assert all(torch.equal(base_before[key], base_after[key]) for key in base_before)
     assert torch.equal(answer(roles), teacher_before)
     sampler = distiller.sampler(2)
-    assert sampler.num_steps == 2 and sampler.guidance == 1
+    assert sampler.num_steps == sampler.nfe == 2
+    takes_w = needs.extra_inputs or needs.guidance_adapters
+    assert (sampler.guidance, sampler.guidance_as_input) == ((3.0, True) if takes_w else (1.0, False))
 
 
 @pytest.mark.parametrize("family", ["unet2d", "dit"])
@@ -223,7 +220,7 @@ def test_shared_adapters_have_the_gradients_of_copies_with_adapters():
     spec = LoraSpec(rank=2, targets="all")
     found = {}
     for layout in ("copies", "shared"):
-        roles = build_roles(teacher("unet2d"), ("student", "fake"), layout, spec)
+        roles = build_roles(network_teacher("unet2d"), ("student", "fake"), layout, spec)
         for role in ("student", "fake"):
             generator = torch.Generator().manual_seed(len(role))
             for p in roles.parameters(role):

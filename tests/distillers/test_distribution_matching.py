@@ -11,6 +11,7 @@ from diffdistill.distillers import dmd2, matching
 from diffdistill.distillers.base import Batch, PairBatch
 from diffdistill.distillers.dmd import DMD, DMDConfig
 from diffdistill.distillers.dmd2 import DMD2, DMD2Config
+from diffdistill.distillers.states import Noised, diffusion_time, noised, share_of
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.roles import build_roles
@@ -135,7 +136,7 @@ def test_the_fake_loss_has_the_students_posterior_mean_as_its_minimum(kind):
     t = full(500, len(x_g))
     a, s = vp().coefficients(t)
     x_t = a[0] * x_g + s[0] * rng(1).normal(x_g.shape).double()
-    loss = matching.fake_loss(fake, x_g, matching.Noised(x_t, t), Condition.none(len(x_g)), kind)
+    loss = matching.fake_loss(fake, x_g, Noised(x_t, t), Condition.none(len(x_g)), kind)
     assert loss.shape == (len(x_g),)
     loss.mean().backward()
     error = (teacher(x_t, t, Condition.none(len(x_g))).x0 - x_g).square().mean()
@@ -245,11 +246,11 @@ def test_the_adversarial_losses_call_images_real_and_pull_the_student_towards_th
 
 def test_times_stay_in_their_ranges_and_simulation_shares_its_step():
     schedule = vp()
-    t = matching.diffusion_time(schedule, torch.tensor([0.0, 0.02, 0.98, 1.0], dtype=DTYPE))
+    t = diffusion_time(schedule, torch.tensor([0.0, 0.02, 0.98, 1.0], dtype=DTYPE))
     assert t.tolist() == pytest.approx([0, 19.98, 979.02, 999])
-    edm = matching.diffusion_time(schedules()["edm"], torch.tensor([0.0, 0.5, 1.0], dtype=DTYPE))
+    edm = diffusion_time(schedules()["edm"], torch.tensor([0.0, 0.5, 1.0], dtype=DTYPE))
     assert edm.tolist() == pytest.approx([0.002, ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7, 80])
-    state = matching.noised(torch.zeros(1000, *SHAPE), schedule, rng(), 0.02, 0.98)
+    state = noised(torch.zeros(1000, *SHAPE), schedule, rng(), 0.02, 0.98)
     assert 19.98 <= float(state.t.min()) < 40 and 960 < float(state.t.max()) <= 979.02
     torch.testing.assert_close(state.x_t.flatten(1).std(1).mean(), schedule.sigma(state.t).float().mean(), atol=0.5, rtol=0)
     assert len({rng(seed, 5).shared_integer(4) for seed in range(20)}) == 1
@@ -315,3 +316,38 @@ def test_wrong_settings_are_refused(config):
 def test_a_time_range_outside_the_noising_process_is_refused(config, limits):
     with pytest.raises(ValueError, match="low < high"):
         config(student_time_range=limits)
+
+
+@pytest.mark.parametrize("name", ["vp", "edm", "flow"])
+def test_share_of_is_the_inverse_of_diffusion_time(name):
+    schedule, u = schedules()[name], torch.tensor([0.0, 0.02, 0.5, 0.98, 1.0], dtype=DTYPE)
+    torch.testing.assert_close(share_of(schedule, diffusion_time(schedule, u)), u, atol=1e-12, rtol=0)
+    assert share_of(schedule, full(schedule.t_clean, 1)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("matching_times", ["all", "own_interval"])
+def test_each_step_is_compared_at_its_own_noise_levels(matching_times):
+    """Step k from t_k on down to t_{k+1}, by teacher and fake, in the student's turn and in the fake's; `all` goes beyond."""
+    schedule = vp()
+    teacher = GaussianTeacher(MEAN, VARIANCE, schedule)
+    config = DMD2Config(student_steps=4, matching_times=matching_times)
+    nodes = torch.tensor([999.0, 749.0, 499.0, 249.0], dtype=DTYPE)
+    student = Recorder(AffineDenoiser.around(teacher, nodes, DTYPE))
+    real, fake = Recorder(teacher), Recorder(AffineDenoiser.around(teacher, nodes, DTYPE))
+    distiller = DMD2(config, real, StandIn(real, student=student, fake=fake), 100)
+    inside, seen = [], set()
+    for shared in range(12):
+        for carry_on in (True, False):
+            batch, carry = Batch(Condition.none(64)), {}
+            for turn in distiller.turns(0):
+                before = len(student.calls)
+                loss = distiller.loss(turn, Batch(batch.cond, carry=carry), rng(shared, shared), 0)
+                if len(student.calls) > before:
+                    k = nodes.tolist().index(float(student.calls[-1][3][0]))
+                seen.add(k)
+                upper, lower = float(nodes[k]), float([*nodes, torch.tensor(0.0)][k + 1])
+                asked = (fake, real) if turn.name == "student" else (fake,)
+                inside += [bool(((t >= lower) & (t <= upper)).all()) for t in (role.calls[-1][3] for role in asked)]
+                carry = loss.carry if carry_on else {}
+    assert seen == {0, 1, 2, 3}
+    assert all(inside) if matching_times == "own_interval" else not any(inside)

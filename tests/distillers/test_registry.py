@@ -10,7 +10,8 @@ from diffdistill.errors import UserError
 
 
 def test_the_table_names_every_method_and_its_paper():
-    assert registry.names()[:4] == ["progressive", "consistency", "dmd2", "dmd"]
+    assert registry.names()[: len(registry.DISTILLERS)] == list(registry.DISTILLERS)
+    assert {"guidance", "progressive", "consistency", "lcm", "dmd2", "dmd"} <= registry.DISTILLERS.keys()
     for name, config in registry.configs().items():
         method = registry.get(name)
         assert method.name == name and method.paper.startswith("arXiv:") and method.summary

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from small_networks import dit, unet
 from torch import Tensor
 
 from diffdistill.math.schedules import VPSchedule
@@ -21,32 +22,8 @@ class Inputs(NamedTuple):
 
 
 def network(kind: str, seed: int = 0) -> torch.nn.Module:
-    from diffusers import DiTTransformer2DModel, UNet2DModel
-
     torch.manual_seed(seed)
-    if kind == "unet":
-        net = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-            attention_head_dim=8,
-            num_class_embeds=4,
-        )
-    else:
-        net = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=1,
-            num_layers=2,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=3,
-        )
+    net = unet(num_class_embeds=4) if kind == "unet" else dit()
     for parameter in net.parameters():  # some layers start at zero, which would hide what flows through them
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)

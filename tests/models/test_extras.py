@@ -156,6 +156,32 @@ def test_adapters_with_extra_inputs_train_both_and_share_no_network():
         build_roles(net, ("student",), "shared", LoraSpec(rank=2))
 
 
+@each_network
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=2, targets="all")])
+def test_roles_are_given_extra_inputs_and_the_teacher_is_not(kind, lora):
+    teacher = denoiser(kind)
+    expected = teacher(*inputs()).raw
+    torch.manual_seed(1)
+    roles = build_roles(teacher, ("student", "target"), "copies", lora, extra_inputs=("guidance",))
+    told = with_values(inputs(), guidance=[1.0, 7.5])
+    for role in ("student", "target"):
+        assert set(extra_inputs_of(roles[role].network).embeddings) == {"guidance"}
+        assert torch.equal(roles[role](*told).raw, expected)
+        assert "extra_inputs.embeddings.guidance.linear_out.weight" in roles.named_parameters(role)
+    assert extra_inputs_of(teacher.network) is None and roles.teacher is teacher
+    torch.manual_seed(2)  # every process of a run has the same initial values
+    other = build_roles(teacher, ("student",), "copies", lora, extra_inputs=("guidance",))
+    assert all(torch.equal(value, other.state("student")[key]) for key, value in roles.state("student").items())
+    with pytest.raises(UserError, match="layout 'copies'"):
+        build_roles(teacher, ("student",), "shared", LoraSpec(rank=2), extra_inputs=("guidance",))
+
+
+def test_values_without_a_null_stay_in_both_branches():
+    told = with_values(inputs()).cond.with_values(guidance=torch.tensor([1.0, 7.5]))
+    assert told.paired().values["guidance"].tolist() == [1.0, 7.5, 1.0, 7.5]
+    assert told.paired().values["class_labels"].tolist() == [0, 1, 3, 3]
+
+
 def test_full_scale_sets_the_unit_of_the_value():
     values = []
     for scale in (1000.0, 1.0):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_networks import dit, save, unet, vae
 
 from diffdistill.errors import UserError
 from diffdistill.math import grids
@@ -16,15 +17,6 @@ from diffdistill.sampling.sampler import Sampler
 
 SEEDS = [3, 4, 5]
 LABELS = torch.tensor([1, 2, 0])
-UNET = dict(
-    sample_size=8,
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D"),
-    norm_num_groups=4,
-    attention_head_dim=8,
-)
 
 
 def generators():
@@ -35,38 +27,18 @@ def save_unet(folder, kind="v_prediction", scheduler="DDIMScheduler", classes=No
     import diffusers
 
     torch.manual_seed(0)
-    network = diffusers.UNet2DModel(in_channels=channels, out_channels=channels, num_class_embeds=classes, **UNET)
+    network = unet(attention=False, in_channels=channels, out_channels=channels, num_class_embeds=classes)
     options = dict(prediction_type=kind, clip_sample=False, timestep_spacing="trailing")
-    getattr(diffusers, pipeline)(network, getattr(diffusers, scheduler)(**options)).save_pretrained(folder)
-    return folder
+    return save(getattr(diffusers, pipeline)(network, getattr(diffusers, scheduler)(**options)), folder)
 
 
 def save_dit(folder):
     import diffusers
 
     torch.manual_seed(0)
-    network = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=4,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-        norm_num_groups=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-    )
+    network = dit(in_channels=4, out_channels=8, sample_size=4, num_embeds_ada_norm=1000)
     scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", beta_schedule="scaled_linear")
-    diffusers.DiTPipeline(network, vae, scheduler).save_pretrained(folder)
-    return folder
+    return save(diffusers.DiTPipeline(network, vae(), scheduler), folder)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -1,6 +1,7 @@
 """EDM preconditioning around a network: the scalings against the table, and the contract kept."""
 
 import torch
+from small_networks import unet
 
 from diffdistill.math.schedules import EDMSchedule, RectifiedFlowSchedule, VPSchedule
 from diffdistill.models.condition import Condition
@@ -59,17 +60,12 @@ def test_flow_network_is_asked_at_a_thousand_sigma_after_the_shift():
 
 
 def test_extra_inputs_reach_the_network_and_stay_in_both_branches_of_guidance(tmp_path):
-    from diffusers import UNet2DModel
-
     from diffdistill.models.extras import add_extra_inputs
     from diffdistill.models.guidance import guided
 
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=4,
-    ).eval()  # fmt: skip
+    network = unet(attention=False, num_class_embeds=4).eval()
     net = NetworkDenoiser(network, FAMILIES["UNet2DModel"], VPSchedule(abar), "v_prediction", (1, 8, 8))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([500.0, 20.0], dtype=torch.float64)
     plain = Condition.labels(torch.tensor([0, 2]), 3)

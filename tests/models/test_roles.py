@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from role_networks import NETWORKS, denoiser, inputs, network, perturb
+from small_networks import unet
 
 from diffdistill.errors import UserError
 from diffdistill.math.schedules import VPSchedule
@@ -190,20 +191,8 @@ def test_train_only_gives_gradient_exactly_where_due(layout):
 
 
 def test_whole_copies_do_not_train_the_constants_of_an_architecture():
-    from diffusers import UNet2DModel
-
-    net = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        time_embedding_type="fourier",
-        add_attention=False,
-    )
+    one_block = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    net = unet(**one_block, time_embedding_type="fourier", add_attention=False)
     roles = build_roles(denoiser("unet").with_network(net), ("student",), "copies")
     assert not any(key.startswith("time_proj") for key in roles.named_parameters("student"))
     assert "time_embedding.linear_1.weight" in roles.named_parameters("student")

@@ -69,6 +69,20 @@ def test_nfe_is_what_the_network_is_called(rule, guidance, name):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_guidance_as_an_input_is_told_to_the_network_in_single_passes(rule):
+    class Listens(Shrink):
+        def __call__(self, x_t, t, cond):
+            assert len(x_t) == 2 and cond.values["guidance"].tolist() == [2.5, 2.5]
+            return super().__call__(x_t, t, cond)
+
+    net, plain = Listens(SCHEDULES["vp"]), Shrink(SCHEDULES["vp"])
+    sampler = Sampler(grid_of("vp", 4), rule, guidance=2.5, guidance_as_input=True)
+    images = sampler.sample(net, Noise([0, 1]), labels(2))
+    assert sampler.nfe == net.calls
+    assert torch.equal(images, Sampler(grid_of("vp", 4), rule).sample(plain, Noise([0, 1]), labels(2)))
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_one_step_returns_the_clean_estimate(rule):
     net, sampler = Shrink(SCHEDULES["vp"]), Sampler(grid_of("vp", 1), rule)
     x = Noise([1, 2]).draw((1, 4, 4))

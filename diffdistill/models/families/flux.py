@@ -97,6 +97,10 @@ class Flux(Family):
         """Return 1: guidance is an input of the network, or distilled away (FLUX.1-schnell)."""
         return 1.0
 
+    def call_guidance(self, guidance: float) -> float:
+        """Return the embedded scale: that is what FluxPipeline's `guidance_scale` is."""
+        return EMBEDDED_GUIDANCE
+
     def sample_shape(self, network: Any) -> tuple[int, int, int]:
         """Return (C, H, W) of the unpacked latents of the pipeline's default size."""
         return network.config.in_channels // 4, LATENT_SIZE, LATENT_SIZE

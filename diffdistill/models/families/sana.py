@@ -55,7 +55,11 @@ class Sana(Family):
     def constants(self, network: Any, image_size: tuple[int, int]) -> Values:
         """Return Sana-Sprint's embedded guidance, in the network's own scale."""
         config = network.config
-        return {"embedded_guidance": torch.tensor([EMBEDDED_GUIDANCE * config.guidance_embeds_scale])} if config.guidance_embeds else {}
+        return (
+            {"embedded_guidance": torch.tensor([EMBEDDED_GUIDANCE * config.guidance_embeds_scale])}
+            if config.guidance_embeds
+            else {}
+        )
 
     def usual_guidance(self, network: Any, of_pipeline: float) -> float:
         """Return the pipeline's own; 1 for Sana-Sprint, whose network takes it as an input."""
