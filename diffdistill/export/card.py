@@ -11,6 +11,20 @@ import yaml
 from diffdistill.export.manifest import Manifest
 
 NUM_REFERENCES = 4
+REFERENCE_PROMPTS = (
+    "a photograph of a red fox in the snow",
+    "an oil painting of a lighthouse at night",
+    "a bowl of fruit on a wooden table",
+    "a small green robot reading a book",
+)
+
+
+HOLDS = {
+    "merged": "This folder holds a whole pipeline; it needs nothing but diffusers.",
+    "peft": "This folder holds a LoRA in PEFT's form; it needs the base pipeline, diffusers and peft.",
+    "lora": "This folder holds a LoRA for the base pipeline's `load_lora_weights`.",
+    "kohya": "This folder holds a LoRA in kohya's spelling, which `load_lora_weights` and other front ends read.",
+}
 
 
 def reference_labels(num_classes: int | None) -> list[int] | None:
@@ -38,6 +52,11 @@ def snippet(manifest: Manifest, folder: str = ".") -> str:
             f'pipe = {pipeline}.from_pretrained("{manifest.base.path}")',
             f"pipe.{component} = PeftModel.from_pretrained(pipe.{component}, folder).merge_and_unload()",
         ]
+    elif manifest.kind in ("lora", "kohya"):
+        lines += [
+            f'pipe = {pipeline}.from_pretrained("{manifest.base.path}")',
+            'pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="few")',
+        ]
     else:
         lines.append(f"pipe = {pipeline}.from_pretrained(folder)")
     lines += [
@@ -50,12 +69,15 @@ def snippet(manifest: Manifest, folder: str = ".") -> str:
         "generator=[torch.Generator().manual_seed(seed) for seed in seeds]",
         f"num_inference_steps={max(manifest.step_counts)}",
     ]
-    if manifest.pipeline_class == "DiTPipeline":
-        arguments.insert(0, f"guidance_scale={manifest.guidance:g}")  # the pipeline's own default is 4
-    else:
+    arguments = [f"{name}={value!r}" for name, value in manifest.call.items()] + arguments
+    if manifest.pipeline_class == "ConsistencyModelPipeline":
         arguments.insert(0, "batch_size=len(seeds)")
     if labels is not None:
         arguments.insert(0, f"class_labels={labels}")
+    if manifest.prompts is not None:
+        lines.append("prompts = [")
+        lines += [*(f'    "{prompt}",' for prompt in manifest.prompts), "]"]
+        arguments.insert(0, "prompts")
     lines += ["images = pipe(", *(f"    {argument}," for argument in arguments), ").images", 'images[0].save("sample.png")']
     return "\n".join(lines)
 
@@ -88,10 +110,10 @@ def card(manifest: Manifest) -> str:
 def _header(manifest: Manifest) -> list[str]:
     header: dict[str, Any] = {
         "library_name": "peft" if manifest.kind == "peft" else "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": "unconditional-image-generation" if manifest.prompts is None else "text-to-image",
         "tags": ["diffusers", "diffusion-distillation", "few-step"],
     }
-    if manifest.kind == "peft":
+    if manifest.adapter is not None:
         header["tags"].append("lora")
     if not Path(manifest.base.path).is_absolute():
         header["base_model"] = manifest.base.id
@@ -109,27 +131,23 @@ def _what(manifest: Manifest) -> list[str]:
     return [
         f"# {Path(manifest.base.id).name} in {steps} step{'' if steps == '1' else 's'}",
         "",
-        f"A few-step generator distilled{method} from `{Path(manifest.base.id).name}` by diffdistill. "
-        + (
-            "This folder holds a whole pipeline; it needs nothing but diffusers."
-            if manifest.kind == "merged"
-            else "This folder holds a LoRA in PEFT's form; it needs the base pipeline, diffusers and peft."
-        ),
+        f"A few-step generator distilled{method} from `{Path(manifest.base.id).name}` by diffdistill. " + HOLDS[manifest.kind],
     ]
 
 
 def _notes(manifest: Manifest) -> list[str]:
-    form = "merged" if manifest.kind == "merged" else "PEFT"
-    takes = (
-        f"has `load_lora_weights`; this folder is in the {form} form all the same."
-        if manifest.pipeline_takes_lora
-        else f"has no `load_lora_weights`, so this folder is in the {form} form."
-    )
     notes = [
         f"- The sampler is `{manifest.scheduler.class_name}` with the settings in `scheduler/`. Other settings visit "
         "times the student was not trained for.",
-        f"- `{manifest.pipeline_class}` {takes}",
     ]
+    if not manifest.pipeline_takes_lora:
+        form = "merged" if manifest.kind == "merged" else "PEFT"
+        notes.append(f"- `{manifest.pipeline_class}` has no `load_lora_weights`, so this folder is in the {form} form.")
+    if "guidance_scale" in manifest.call and manifest.prompts is not None:
+        notes.append(
+            f"- Pass `guidance_scale={manifest.call['guidance_scale']:g}`: the pipeline's own default is another, and guidance is "
+            "inside the student."
+        )
     if manifest.pipeline_class == "DiTPipeline":
         what = "guidance is inside the student" if manifest.guidance == 1 else "the student was trained to be sampled so"
         notes.append(f"- Pass `guidance_scale={manifest.guidance:g}`: {what}, and the pipeline's own default is 4.")

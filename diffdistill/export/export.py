@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.export.card import NUM_REFERENCES, card, reference_labels
+from diffdistill.export.card import NUM_REFERENCES, REFERENCE_PROMPTS, card, reference_labels
 from diffdistill.export.manifest import MANIFEST, REFERENCE, Adapter, Base, Kind, Manifest, SchedulerRecord
 from diffdistill.export.verify import VerificationError
 from diffdistill.export.verify import verify as verify_export
@@ -23,21 +24,22 @@ from diffdistill.files import atomic_folder, sha256, write_atomic, write_json
 from diffdistill.math.prediction import Prediction
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.models.extras import extra_inputs_of
+from diffdistill.models.extras import ExtraInputs, extra_inputs_of
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import Teacher, resolve
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
-from diffdistill.sampling.stock import build_scheduler, scheduler_config, stock_times, with_steps
+from diffdistill.sampling.stock import build_scheduler, scheduler_config, set_steps, stock_times, with_steps
 
 # Of the stock pipelines for UNet2DModel this one alone hands labels and generators on and keeps the scheduler it is given
-# (DDIMPipeline replaces it, DDPMPipeline knows no labels), so all of them are exported as it.
+# (DDIMPipeline replaces it, DDPMPipeline knows no labels), so all of them are exported as it. Text families keep their own.
 PIPELINES: dict[str, str] = {"UNet2DModel": "ConsistencyModelPipeline", "DiTTransformer2DModel": "DiTPipeline"}
 NEEDED_OF_SCHEDULER: dict[str, tuple[str, ...]] = {
     "ConsistencyModelPipeline": ("init_noise_sigma", "scale_model_input"),
     "DiTPipeline": ("scale_model_input",),
 }
+NOT_YET: dict[str, str] = {"SanaSprintPipeline": "it walks on another path than its network, and only SCMScheduler does that"}
 DIT_NULL_LABEL = 1000  # written into DiTPipeline's code
 ADAPTER_PREFIX = "base_model.model."
 TEACHER_NOTES = "diffdistill_teacher.json"
@@ -62,11 +64,21 @@ class StudentRoles(Protocol):
 
 
 class Plan(NamedTuple):
-    """How a student will leave: the stock pipeline class, the scheduler's config, and a sampler per step count."""
+    """How a student will leave.
+
+    Attributes:
+        pipeline_class: of stock diffusers.
+        scheduler: its class, under "_class_name", and config.
+        samplers: by number of steps.
+        call: arguments of the pipeline's call that matter, beside prompts, steps and generators.
+        gives_sigmas: whether the pipeline tells its scheduler sigmas, not a number of steps.
+    """
 
     pipeline_class: str
     scheduler: dict[str, Any]
     samplers: dict[int, Sampler]
+    call: dict[str, Any]
+    gives_sigmas: bool
 
 
 def plan(teacher: Teacher, sampler: Sampler, step_counts: Sequence[int] | None = None) -> Plan:
@@ -80,27 +92,33 @@ def plan(teacher: Teacher, sampler: Sampler, step_counts: Sequence[int] | None =
         UserError: no stock pipeline can carry it; says why and what works.
     """
     pipeline_class = _pipeline_class(teacher)
+    if sampler.guidance_as_input:
+        raise UserError(
+            f"this student takes its guidance as an input: {ExtraInputs.reason}. Distil with one value of guidance and "
+            "guidance_input: null, or set exportable: false to train a student that only this program samples."
+        )
     _check_guidance(teacher, sampler.guidance, pipeline_class)
     counts = sorted(set(step_counts or (sampler.num_steps,)))
     samplers = {count: with_steps(sampler, count) for count in counts}
     # Each count is asked by itself for its own reason to refuse; the folder gets the scheduler of the largest.
-    config = [scheduler_config(member, teacher.scheduler_config) for member in samplers.values()][-1]
+    gives_sigmas = pipeline_class == "FluxPipeline"
+    config = [scheduler_config(member, teacher.scheduler_config, gives_sigmas) for member in samplers.values()][-1]
     scheduler = build_scheduler(config)
-    lacking = [name for name in NEEDED_OF_SCHEDULER[pipeline_class] if not hasattr(scheduler, name)]
+    lacking = [name for name in NEEDED_OF_SCHEDULER.get(pipeline_class, ()) if not hasattr(scheduler, name)]
     if lacking:
         raise UserError(
             f"{pipeline_class} calls its scheduler's {' and '.join(lacking)}, which {config['_class_name']} lacks, "
             "so no stock pipeline of this network samples a flow. Distil from a teacher with betas."
         )
     for count, member in samplers.items():
-        scheduler.set_timesteps(count)
+        set_steps(scheduler, count, gives_sigmas)
         visited, wanted = scheduler.timesteps.tolist(), stock_times(member)
         if len(visited) != len(wanted) or max(abs(a - b) for a, b in zip(visited, wanted, strict=True)) > 1e-2:
             raise UserError(
                 f"one {config['_class_name']} cannot serve step counts {counts}: for {count} it visits {visited} "
                 f"instead of {wanted}. Export them separately."
             )
-    return Plan(pipeline_class, config, samplers)
+    return Plan(pipeline_class, config, samplers, _call(teacher, pipeline_class, sampler.guidance), gives_sigmas)
 
 
 def export(
@@ -108,7 +126,7 @@ def export(
     roles: StudentRoles,
     sampler: Sampler,
     output: str | Path,
-    kind: Literal["auto", "merged", "peft", "lora"] = "auto",
+    kind: Literal["auto", "merged", "peft", "lora", "kohya"] = "auto",
     step_counts: Sequence[int] | None = None,
     method: str = "",
     metrics: Mapping[str, Any] | None = None,
@@ -122,7 +140,8 @@ def export(
         roles: the networks.
         sampler: how the student is sampled.
         output: the folder; one that exists is replaced once the new one is complete and checked.
-        kind: "merged" a pipeline folder, "peft" an adapter folder, "auto" the latter for LoRA students.
+        kind: "merged" a pipeline folder, "lora" a file for the pipeline's load_lora_weights, "kohya" the same in other front
+            ends' spelling, "peft" an adapter folder; "auto" for LoRA students "lora" where the pipeline can load it, else "peft".
         step_counts: numbers of steps to promise and check; None for the sampler's own.
         method, metrics: for the manifest and the card.
         role: which network.
@@ -142,12 +161,9 @@ def export(
         pipeline = _load_pipeline(planned.pipeline_class, base)
         network = getattr(pipeline, teacher.family.component)
         record = _base(teacher.path, base, network)
-        adapter = None
-        if chosen == "merged":
-            _write_merged(folder, pipeline, teacher, roles.network_state(role), planned.scheduler, base, sampler.guidance)
-        else:
-            adapter = _write_peft(folder, roles, role, planned.scheduler)
-        _write_reference(folder / REFERENCE, teacher, student, planned.samplers)
+        adapter = _write_weights(folder, chosen, pipeline, teacher, roles, role, planned, base)
+        prompts = REFERENCE_PROMPTS if teacher.family.reads_text else None
+        _write_reference(folder / REFERENCE, teacher, student, planned.samplers, prompts)
         manifest = Manifest(
             kind=chosen,
             base=record,
@@ -161,6 +177,10 @@ def export(
             prediction_type=student.kind,
             sample_shape=student.sample_shape,
             num_classes=teacher.num_classes,
+            prompts=prompts,
+            call=planned.call,
+            gives_sigmas=planned.gives_sigmas,
+            dtype=str(next(student.network.parameters()).dtype).removeprefix("torch."),
             adapter=adapter,
             method=method,
             metrics=dict(metrics or {}),
@@ -184,6 +204,10 @@ def export(
 
 def _pipeline_class(teacher: Teacher) -> str:
     network_class = type(teacher.network).__name__
+    if teacher.family.reads_text:
+        if teacher.pipeline_class in NOT_YET:
+            raise UserError(f"{teacher.pipeline_class} cannot be exported yet: {NOT_YET[teacher.pipeline_class]}.")
+        return teacher.pipeline_class
     if network_class not in PIPELINES:
         raise UserError(f"networks of class {network_class} cannot be exported yet; known: {', '.join(PIPELINES)}.")
     name = PIPELINES[network_class]
@@ -201,9 +225,26 @@ def _pipeline_class(teacher: Teacher) -> str:
     return name
 
 
+def _call(teacher: Teacher, pipeline_class: str, guidance: float) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call that decide the image, beside what is asked for."""
+    import diffusers
+
+    if not teacher.family.reads_text:
+        return {"guidance_scale": guidance} if pipeline_class == "DiTPipeline" else {}
+    accepted = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
+    _, height, width = teacher.image_shape
+    call: dict[str, Any] = {"guidance_scale": teacher.family.call_guidance(guidance), "height": height, "width": width}
+    return call | ({"use_resolution_binning": False} if "use_resolution_binning" in accepted else {})
+
+
 def _check_guidance(teacher: Teacher, guidance: float, pipeline_class: str) -> None:
     if guidance == 1:
         return
+    if teacher.family.reads_text:
+        raise UserError(
+            f"a few-step student has its guidance built in; got a sampler of guidance {guidance:g}. Distil from the guided teacher "
+            "and sample with guidance 1."
+        )
     if pipeline_class != "DiTPipeline":
         raise UserError(
             f"{pipeline_class} has no guidance; got guidance {guidance:g}. Put it into the student (distil from "
@@ -220,23 +261,25 @@ def _check_guidance(teacher: Teacher, guidance: float, pipeline_class: str) -> N
 
 
 def _kind(kind: str, roles: StudentRoles, pipeline_class: str) -> Kind:
-    known = ("auto", "merged", "peft", "lora")
-    if kind not in known:
-        raise unknown_name("export kind", kind, known)
-    if kind == "lora":
-        import diffusers
+    import diffusers
 
-        if hasattr(getattr(diffusers, pipeline_class), "load_lora_weights"):
-            raise UserError(f"kind 'lora' for {pipeline_class} is not written yet; use 'merged' or 'peft'.")
+    if kind not in ("auto", *get_args(Kind)):
+        raise unknown_name("export kind", kind, ("auto", *get_args(Kind)))
+    takes_lora = hasattr(getattr(diffusers, pipeline_class), "load_lora_weights")
+    if kind == "auto":
+        return "merged" if roles.lora is None else "lora" if takes_lora else "peft"
+    if kind in ("lora", "kohya") and not takes_lora:
         raise UserError(
             f"{pipeline_class} has no load_lora_weights, so a LoRA file cannot be loaded into it. Use 'peft' (an "
             "adapter folder for peft.PeftModel) or 'merged' (a whole pipeline)."
         )
-    if kind == "peft" and roles.lora is None:
-        raise UserError("kind 'peft' holds an adapter, and this student is a whole network. Use 'merged', or train with lora.")
-    if kind == "auto":
-        return "merged" if roles.lora is None else "peft"
-    return "merged" if kind == "merged" else "peft"
+    if kind == "kohya" and pipeline_class not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise UserError(f"kind 'kohya' is the spelling of UNets; {pipeline_class} holds a transformer. Use 'lora'.")
+    if kind != "merged" and roles.lora is None:
+        raise UserError(
+            f"kind {kind!r} holds an adapter, and this student is a whole network. Use 'merged', or train with lora."
+        )
+    return cast("Kind", kind)
 
 
 def _student(roles: StudentRoles, role: str, planned: Plan) -> NetworkDenoiser:
@@ -248,7 +291,7 @@ def _student(roles: StudentRoles, role: str, planned: Plan) -> NetworkDenoiser:
     extra = extra_inputs_of(student.network)
     if extra is not None:
         raise UserError(f"role {role!r} has extra inputs, which a stock pipeline cannot carry: {extra.reason}")
-    wanted = planned.scheduler["prediction_type"]
+    wanted = planned.scheduler.get("prediction_type", "flow_prediction")  # flow schedulers have one type, and do not say so
     if student.kind != wanted:
         raise UserError(f"role {role!r} predicts {student.kind!r} and the scheduler expects {wanted!r}.")
     return student
@@ -273,6 +316,25 @@ def _base(name: str, path: str, network: nn.Module) -> Base:
         component_class=type(network).__name__,
         weights_sha256=state_sha256(network.state_dict()),
     )
+
+
+def _write_weights(
+    folder: Path, kind: Kind, pipeline: Any, teacher: Teacher, roles: StudentRoles, role: str, planned: Plan, base: str
+) -> Adapter | None:
+    """Write the student's weights and its scheduler in the chosen form; return what an adapter is like."""
+    if kind == "merged":
+        guidance = next(iter(planned.samplers.values())).guidance
+        _write_merged(folder, pipeline, teacher, roles.network_state(role), planned.scheduler, base, guidance)
+        return None
+    lora = _lora(roles, role)
+    if kind == "peft":
+        _write_peft(folder, lora)
+    elif kind == "lora":
+        _write_lora_file(folder, lora, planned.pipeline_class, teacher.family.component)
+    else:
+        _write_kohya(folder, lora, teacher.family.component)
+    build_scheduler(planned.scheduler).save_pretrained(folder / "scheduler")
+    return lora.record()
 
 
 def _write_merged(
@@ -309,35 +371,60 @@ def _clean_configs(folder: Path, original: Any) -> None:
         write_json(path, config)
 
 
-def _write_peft(folder: Path, roles: StudentRoles, role: str, scheduler: Mapping[str, Any]) -> Adapter:
-    """Write the adapter so that every PEFT since 0.13 loads it: plain keys, few config fields, the scale inside lora_B."""
-    from safetensors.torch import save_file
+class _Lora(NamedTuple):
+    """A role's adapter as it leaves: `<module>.lora_A.weight` and `.lora_B.weight`, the scale inside the latter."""
 
+    state: dict[str, Tensor]
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def record(self) -> Adapter:
+        """Return what the manifest says of it."""
+        return Adapter(rank=self.rank, alpha=self.alpha, targets=self.targets, num_tensors=len(self.state))
+
+
+def _lora(roles: StudentRoles, role: str) -> _Lora:
+    """Return a role's adapter with its scale folded in: no reader of LoRA files agrees with another on where alpha stands."""
     state, rank, scale = roles.adapter_state(role), roles.lora.rank_of(role), roles.lora.scale_of(role)
     unknown = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if unknown:
         raise UserError(f"role {role!r} also trains {', '.join(unknown[:3])}, which is no LoRA; use kind 'merged'.")
-    targets = sorted({name.rpartition(".lora_")[0] for name in state})
     assert all(tensor.shape[0] == rank for name, tensor in state.items() if ".lora_A." in name), "one rank per role"
-    folded = {
-        ADAPTER_PREFIX + name: (tensor * scale if ".lora_B." in name else tensor).to("cpu").contiguous()
-        for name, tensor in state.items()
-    }
-    save_file(folded, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": rank,
-            "target_modules": targets,
-            "bias": "none",
-            "lora_dropout": 0.0,
-            "inference_mode": True,
-        },
-    )
-    build_scheduler(scheduler).save_pretrained(folder / "scheduler")
-    return Adapter(rank=rank, alpha=scale * rank, targets=tuple(targets), num_tensors=len(folded))
+    folded = {name: (tensor * scale if ".lora_B." in name else tensor).to("cpu").contiguous() for name, tensor in state.items()}
+    targets = tuple(sorted({name.rpartition(".lora_")[0] for name in state}))
+    return _Lora(folded, rank, scale * rank, targets)
+
+
+def _write_peft(folder: Path, lora: _Lora) -> None:
+    """Write the adapter so that every PEFT since 0.13 loads it: plain keys and few config fields."""
+    from safetensors.torch import save_file
+
+    named = {ADAPTER_PREFIX + name: tensor for name, tensor in lora.state.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"bias": "none", "lora_dropout": 0.0, "inference_mode": True}
+    shape = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(lora.targets)}
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", **shape, **config})
+
+
+def _write_lora_file(folder: Path, lora: _Lora, pipeline_class: str, component: str) -> None:
+    """Write the file for `load_lora_weights`: PEFT's keys and the few fields of metadata that every reader since 0.31 takes."""
+    import diffusers
+
+    fields = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(lora.targets)}
+    metadata = {**fields, "rank_pattern": {}, "alpha_pattern": {}}
+    layers = {f"{component}_lora_layers": lora.state, f"{component}_lora_adapter_metadata": metadata}
+    getattr(diffusers, pipeline_class).save_lora_weights(folder, **layers)
+
+
+def _write_kohya(folder: Path, lora: _Lora, component: str) -> None:
+    """Write the same file in kohya's spelling: `lora_unet_<module with _>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import save_file
+
+    named = convert_state_dict_to_kohya({f"{component}.{name}": tensor for name, tensor in lora.state.items()})
+    path = folder / "pytorch_lora_weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, path, metadata={"format": "pt"})
 
 
 # The student's own numbers
@@ -359,12 +446,15 @@ class _Recorder(Denoiser):
 
 
 @torch.no_grad()
-def _write_reference(path: Path, teacher: Teacher, student: NetworkDenoiser, samplers: Mapping[int, Sampler]) -> None:
+def _write_reference(
+    path: Path, teacher: Teacher, student: NetworkDenoiser, samplers: Mapping[int, Sampler], prompts: Sequence[str] | None
+) -> None:
     """Write states (N, B, ...), raw outputs (N, B, ...) and samples (B, ...) of our own sampler, for every step count."""
     from safetensors.torch import save_file
 
     seeds, labels = list(range(NUM_REFERENCES)), reference_labels(teacher.num_classes)
-    cond = teacher.condition(None if labels is None else torch.tensor(labels), len(seeds)).to("cpu")
+    asked = prompts if prompts is not None else None if labels is None else torch.tensor(labels)
+    cond = teacher.condition(asked, len(seeds)).to("cpu")
     tensors = {"seeds": torch.tensor(seeds)} | ({} if labels is None else {"labels": torch.tensor(labels)})
     with _on_cpu(student.network):
         dtype = next(student.network.parameters()).dtype

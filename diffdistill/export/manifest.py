@@ -15,7 +15,7 @@ MANIFEST = "diffdistill.json"
 REFERENCE = "reference.safetensors"
 SCHEMA_VERSION = 1
 
-Kind = Literal["merged", "peft"]
+Kind = Literal["merged", "peft", "lora", "kohya"]
 
 
 class _Frozen(BaseModel):
@@ -42,7 +42,7 @@ class SchedulerRecord(_Frozen):
 
 
 class Adapter(_Frozen):
-    """The LoRA of a peft export."""
+    """The LoRA of an export that is one."""
 
     rank: int
     alpha: float = Field(description="alpha of training; the file holds alpha / rank inside lora_B, and lora_alpha = rank")
@@ -86,7 +86,10 @@ class Manifest(_Frozen):
     """The contents of `diffdistill.json`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Kind = Field(description="merged: a whole pipeline folder; peft: an adapter folder for the base pipeline")
+    kind: Kind = Field(
+        description="merged: a whole pipeline folder; peft: an adapter folder for peft.PeftModel; lora: a file for the pipeline's "
+        "load_lora_weights; kohya: the same in the spelling of other front ends"
+    )
     base: Base
     pipeline_class: str = Field(description="stock diffusers class that samples from it")
     pipeline_takes_lora: bool = Field(description="whether that class has load_lora_weights; decided by asking it")
@@ -98,6 +101,12 @@ class Manifest(_Frozen):
     prediction_type: str
     sample_shape: tuple[int, ...] = Field(description="(C, H, W) of one state")
     num_classes: int | None = None
+    prompts: tuple[str, ...] | None = Field(None, description="of the reference images, for a model that reads text")
+    call: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the pipeline's call, beside steps and generators"
+    )
+    gives_sigmas: bool = Field(False, description="whether the pipeline tells its scheduler sigmas, not a number of steps")
+    dtype: str = Field("float32", description="of the network's weights, in which the reference was made")
     adapter: Adapter | None = None
     method: str = ""
     metrics: dict[str, Any] = Field(default_factory=dict)

@@ -6,7 +6,7 @@ checks run in order and stop at the first that fails, since the later ones take 
     files      every file has the hash in diffdistill.json
     base       the base pipeline's network has the weights that the student started from
     load       the stock classes load the folder
-    attached   (peft) at least one tensor of the file is in the network
+    attached   (not merged) at least one tensor of the file is in the network
     complete   (merged) no missing, unexpected or newly initialised weights
     tensors    as many tensors arrived, with the values of the file, as the file and the network have
     finite     the output is finite
@@ -15,6 +15,10 @@ checks run in order and stop at the first that fails, since the later ones take 
     timesteps  the scheduler visits the student's times
     stepping   the scheduler makes the student's states and sample, with a generator per image
     pipeline   the pipeline called as the card says makes the student's images
+    stacking   (lora, kohya) beside a second LoRA at weight 0 nothing changes, at weight 1 something does
+
+Where the pipeline reads prompts, it is run as the card says, and what its network says is recorded: those are the outputs and
+states that are compared.
 
 The student's numbers come from reference.safetensors. Exit status 0 if all folders hold, 1 otherwise.
 """
@@ -42,6 +46,7 @@ STEPPING_TOLERANCE = 1e-4  # relative
 IMAGE_TOLERANCE = 1e-3  # of the range [0, 1]
 DIFFERENCE = 1e-6  # relative; less than this is the base model
 ROUNDING = 5e-7  # of float32 in one step, before 1/alpha magnifies it
+LORA_FILE = "pytorch_lora_weights.safetensors"
 NETWORK_ROUNDING = 2e-5  # of a network between devices, likewise
 
 
@@ -98,13 +103,20 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def kohya_name(component: str, name: str) -> str:
+    """Return kohya's spelling of `<module>.lora_A.weight`."""
+    module, factor = name.rsplit(".lora_", 1)
+    return f"lora_{component}_{module.replace('.', '_')}.lora_{'down' if factor.startswith('A') else 'up'}.weight"
+
+
 class Export:
     """One folder under check. The checks fill in what the later ones need."""
 
     def __init__(self, folder: Path, base: str | None) -> None:
         self.folder = folder
         self.manifest: dict[str, Any] = json.loads((folder / "diffdistill.json").read_text())
-        self.is_peft = self.manifest["kind"] == "peft"
+        self.kind: str = self.manifest["kind"]
+        self.dtype = getattr(torch, self.manifest["dtype"])
         self.component: str = self.manifest["component"]
         self.step_counts: list[int] = self.manifest["step_counts"]
         self.guidance: float = self.manifest["guidance"]
@@ -153,6 +165,13 @@ class Export:
         cls = getattr(diffusers, self.manifest["scheduler"]["class_name"])
         return cls.from_pretrained(self.folder, subfolder="scheduler")
 
+    def set_steps(self, scheduler: Any, num_steps: int) -> None:
+        """Set the scheduler's times as the pipeline does."""
+        if self.manifest["gives_sigmas"]:
+            scheduler.set_timesteps(sigmas=[1 - k / num_steps for k in range(num_steps)])
+        else:
+            scheduler.set_timesteps(num_steps)
+
     def magnification(self) -> float:
         """Return by how much a rounding of the output grows in x0: sigma / alpha at the noisiest time for epsilon, else 1."""
         abar = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
@@ -188,8 +207,10 @@ class Export:
         """The weights the student started from."""
         if self.base is None:
             message = f"the base {self.manifest['base']['id']!r} is not here; give it with --base"
-            raise Failed(message) if self.is_peft else Skipped(message)
-        self.base_network = self.network_class.from_pretrained(self.base, subfolder=self.component).eval()
+            raise Failed(message) if self.kind != "merged" else Skipped(message)
+        self.base_network = self.network_class.from_pretrained(
+            self.base, subfolder=self.component, torch_dtype=self.dtype
+        ).eval()
         found = state_sha256(self.base_network.state_dict())
         require(found == self.manifest["base"]["weights_sha256"], f"{self.base} has other weights than the student's base")
         return None, self.base
@@ -197,25 +218,43 @@ class Export:
     def load(self) -> Outcome:
         """Stock loading."""
         cls = getattr(diffusers, self.manifest["pipeline_class"])
-        if self.is_peft:
-            from peft import PeftModel
-
-            self.pipeline = cls.from_pretrained(self.base)
-            self.peft_network = PeftModel.from_pretrained(self.network, self.folder).eval()
-            self.pipeline.scheduler = self.new_scheduler()
-        else:
+        if self.kind == "merged":
             index = json.loads((self.folder / "model_index.json").read_text())
             require(index["_class_name"] == cls.__name__, f"model_index.json names {index['_class_name']}, not {cls.__name__}")
-            self.pipeline = diffusers.DiffusionPipeline.from_pretrained(self.folder)
+            self.pipeline = diffusers.DiffusionPipeline.from_pretrained(self.folder, torch_dtype=self.dtype)
+        else:
+            self.pipeline = cls.from_pretrained(self.base, torch_dtype=self.dtype)
+            self._load_adapter()
+            self.pipeline.scheduler = self.new_scheduler()
         self.pipeline.set_progress_bar_config(disable=True)
         found, wanted = type(self.pipeline.scheduler).__name__, self.manifest["scheduler"]["class_name"]
         require(found == wanted, f"the scheduler is {found} instead of {wanted}")
         return None, cls.__name__
 
+    def _load_adapter(self) -> None:
+        if self.kind == "peft":
+            from peft import PeftModel
+
+            self.peft_network = PeftModel.from_pretrained(self.network, self.folder).eval()
+        else:
+            self.pipeline.load_lora_weights(self.folder, weight_name=LORA_FILE, adapter_name="few")
+
     def _adapter(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the adapter's tensors in the file and in the network, under names that can be compared."""
         from peft import get_peft_model_state_dict
 
-        return load_file(self.folder / "adapter_model.safetensors"), get_peft_model_state_dict(self.peft_network)
+        if self.kind == "peft":
+            return load_file(self.folder / "adapter_model.safetensors"), get_peft_model_state_dict(self.peft_network)
+        loaded = get_peft_model_state_dict(self.network, adapter_name="few")
+        if self.kind == "kohya":
+            loaded = {kohya_name(self.component, name): tensor for name, tensor in loaded.items()}
+            in_file = {
+                name: tensor for name, tensor in load_file(self.folder / LORA_FILE).items() if not name.endswith(".alpha")
+            }
+        else:
+            loaded = {f"{self.component}.{name}": tensor for name, tensor in loaded.items()}
+            in_file = load_file(self.folder / LORA_FILE)
+        return in_file, loaded
 
     def attached(self) -> Outcome:
         """At least one tensor of the adapter."""
@@ -233,7 +272,7 @@ class Export:
 
     def tensors(self) -> Outcome:
         """Counts and values."""
-        if self.is_peft:
+        if self.kind != "merged":
             in_file, loaded = self._adapter()
             declared = self.manifest["adapter"]["num_tensors"]
         else:
@@ -248,7 +287,7 @@ class Export:
             f"{arrived} of the file's {len(in_file)} tensors arrived; the network has {len(loaded)}, the manifest says "
             f"{declared}",
         )
-        if self.is_peft:
+        if self.kind == "peft":
             setattr(self.pipeline, self.component, self.peft_network.merge_and_unload())
         return None, f"{arrived} tensors"
 
@@ -289,7 +328,7 @@ class Export:
         """Times of the scheduler."""
         scheduler = self.pipeline.scheduler
         for num_steps in self.step_counts:
-            scheduler.set_timesteps(num_steps)
+            self.set_steps(scheduler, num_steps)
             found, wanted = scheduler.timesteps.tolist(), self.manifest["timesteps"][str(num_steps)]
             require(
                 len(found) == len(wanted) and max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-2,
@@ -321,7 +360,10 @@ class Export:
     def _images(self, final: Tensor) -> Tensor:
         vae = getattr(self.pipeline, "vae", None)
         with torch.no_grad():
-            images = final if vae is None else vae.decode(final / vae.config.scaling_factor).sample
+            images = final
+            if vae is not None:
+                shift = getattr(vae.config, "shift_factor", None) or 0.0
+                images = vae.decode((final / vae.config.scaling_factor + shift).to(vae.dtype)).sample.float()
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     def check_pipeline(self) -> Outcome:
@@ -356,7 +398,7 @@ class Export:
 
     def checks(self) -> list[tuple[str, Callable[[], Outcome]]]:
         """Return name and function of every check, in order."""
-        weights = ("attached", self.attached) if self.is_peft else ("complete", self.complete)
+        weights = ("complete", self.complete) if self.kind == "merged" else ("attached", self.attached)
         return [
             ("files", self.files),
             ("base", self.check_base),
@@ -372,11 +414,160 @@ class Export:
         ]
 
 
+class Run:
+    """One call of a prompted pipeline: what its network said and where its latents were after each step, and the images."""
+
+    def __init__(self, pipeline: Any, component: str, arguments: dict[str, Any], prompts: list[str]) -> None:
+        self.raw: list[Tensor] = []
+        self.states: list[Tensor] = []
+        accepted = inspect.signature(pipeline.__call__).parameters
+        if "callback_on_step_end" in accepted:
+            arguments = arguments | {"callback_on_step_end": self._after_step}
+        else:
+            arguments = arguments | {"callback": self._after_step_of_old, "callback_steps": 1}
+        hook, scheduler = getattr(pipeline, component).register_forward_hook(self._heard), pipeline.scheduler
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        hands_on = not takes_generator or hasattr(pipeline, "prepare_extra_step_kwargs")
+        if not hands_on:  # the pipeline leaves the scheduler to the global generator; one per image makes it comparable
+            scheduler.step = functools.partial(self._step, pipeline, type(scheduler).step, arguments)
+        try:
+            self.images = torch.from_numpy(pipeline(prompts, output_type="np", **arguments).images)
+        finally:
+            hook.remove()
+            vars(scheduler).pop("step", None)
+        self.note = "" if hands_on else "; generators handed to scheduler.step here, which this pipeline does not do"
+
+    @staticmethod
+    def _step(pipeline: Any, step: Any, arguments: dict[str, Any], raw: Tensor, t: Any, x: Tensor, **options: Any) -> Any:
+        """Step with a generator per image, on unpacked latents where the pipeline packs them."""
+        options["generator"] = arguments["generator"]
+        if not hasattr(pipeline, "_pack_latents"):
+            return step(pipeline.scheduler, raw, t, x, **options)
+        size = (arguments["height"], arguments["width"], pipeline.vae_scale_factor)
+        raw, x = (pipeline._unpack_latents(tokens, *size) for tokens in (raw, x))
+        following = step(pipeline.scheduler, raw, t, x, **options)[0]
+        return (pipeline._pack_latents(following, *following.shape),)
+
+    def _heard(self, module: Any, inputs: Any, output: Any) -> None:
+        self.raw.append((output[0] if isinstance(output, tuple) else output.sample).float())
+
+    def _after_step(self, pipeline: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        self.states.append(values["latents"].float())
+        return values
+
+    def _after_step_of_old(self, step: int, t: Any, latents: Tensor) -> None:
+        self.states.append(latents.float())
+
+
+class PromptedExport(Export):
+    """An export whose pipeline reads prompts."""
+
+    def run(self, num_steps: int) -> Run:
+        """Call the pipeline as the card says."""
+        arguments = {"num_inference_steps": num_steps, "generator": self.generators(), **self.manifest["call"]}
+        return Run(self.pipeline, self.component, arguments, list(self.manifest["prompts"]))
+
+    @functools.cached_property
+    def runs(self) -> dict[int, Run]:
+        """The call with every number of steps."""
+        return {num_steps: self.run(num_steps) for num_steps in self.step_counts}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Return latents (B, C, H, W) as the pipeline hands them round."""
+        pack = getattr(self.pipeline, "_pack_latents", None)
+        return latents if pack is None else pack(latents, *latents.shape)
+
+    def finite(self) -> Outcome:
+        """No NaN or infinity."""
+        require(all(bool(raw.isfinite().all()) for run in self.runs.values() for raw in run.raw), "the output is not finite")
+        return None, ""
+
+    def differs(self) -> Outcome:
+        """Not the base."""
+        if self.base_network is None:
+            raise Skipped("the base is not here")
+        student, num_steps = self.network, self.step_counts[0]
+        setattr(self.pipeline, self.component, self.base_network)
+        try:
+            difference = gap(self.runs[num_steps].raw[0], self.run(num_steps).raw[0])
+        finally:
+            setattr(self.pipeline, self.component, student)
+        if difference < DIFFERENCE:
+            raise Failed("the output is the base model's: the student's weights have no effect", difference)
+        return None, f"by {difference:.1e}"
+
+    def check_network(self) -> Outcome:
+        """Output at every step."""
+        worst = 0.0
+        for num_steps, run in self.runs.items():
+            wanted = self.reference[f"{num_steps}.raw"]
+            require(len(run.raw) == len(wanted), f"the network was called {len(run.raw)} times instead of {len(wanted)}")
+            for ours, raw in zip(run.raw, wanted, strict=True):
+                target = self.packed(raw)
+                worst = max(worst, gap(ours if ours.ndim == 3 else ours[:, : target.shape[1]], target))
+        tolerance = max(NETWORK_TOLERANCE + ROUNDING * self.magnification(), 4 * torch.finfo(self.dtype).eps)
+        if not worst <= tolerance:
+            raise Failed(f"the output differs from the student's by {worst:.1e} (tolerance {tolerance:.0e})", worst)
+        return worst, f"tolerance {tolerance:.0e}, relative"
+
+    def stepping(self) -> Outcome:
+        """Latents after every step."""
+        worst = 0.0
+        for num_steps, run in self.runs.items():
+            following = [*self.reference[f"{num_steps}.states"][1:], self.reference[f"{num_steps}.final"]]
+            require(len(run.states) == len(following), f"{len(run.states)} steps instead of {len(following)}")
+            worst = max(worst, *(gap(a, self.packed(b)) for a, b in zip(run.states, following, strict=True)))
+        tolerance = STEPPING_TOLERANCE + NETWORK_ROUNDING * self.magnification() + 4 * torch.finfo(self.dtype).eps
+        if not worst <= tolerance:
+            raise Failed(f"the pipeline's states differ from the student's by {worst:.1e} (tolerance {tolerance:.0e})", worst)
+        return worst, f"tolerance {tolerance:.0e}, relative"
+
+    def check_pipeline(self) -> Outcome:
+        """The images of the call on the card."""
+        finals = ((run.images, self.reference[f"{num_steps}.final"]) for num_steps, run in self.runs.items())
+        worst = max(gap(images, self._images(final)) for images, final in finals)
+        tolerance = IMAGE_TOLERANCE + NETWORK_ROUNDING * self.magnification() + 4 * torch.finfo(self.dtype).eps
+        if not worst <= tolerance:
+            raise Failed(f"the pipeline's images differ from the student's by {worst:.1e} (tolerance {tolerance:.0e})", worst)
+        return worst, f"tolerance {tolerance:.0e} of [0, 1]{self.runs[self.step_counts[-1]].note}"
+
+    def stacking(self) -> Outcome:
+        """A second LoRA beside this one."""
+        from peft import get_peft_model_state_dict
+
+        torch.manual_seed(0)
+        few = get_peft_model_state_dict(self.network, adapter_name="few")
+        style = {f"{self.component}.{name}": 0.1 * torch.randn_like(tensor) for name, tensor in few.items()}
+        self.pipeline.load_lora_weights(style, adapter_name="style")
+        num_steps = self.step_counts[0]
+        alone = self.runs[num_steps].raw[0]
+        self.pipeline.set_adapters(["few", "style"], [1.0, 0.0])
+        unchanged = gap(self.run(num_steps).raw[0], alone)
+        self.pipeline.set_adapters(["few", "style"], [1.0, 1.0])
+        changed = gap(self.run(num_steps).raw[0], alone)
+        self.pipeline.delete_adapters("style")
+        self.pipeline.set_adapters("few")
+        require(unchanged <= NETWORK_TOLERANCE, f"a second LoRA at weight 0 changes the output by {unchanged:.1e}")
+        require(changed > DIFFERENCE, "a second LoRA at weight 1 changes nothing")
+        return unchanged, f"a second LoRA changes the output by {changed:.1e}"
+
+    def checks(self) -> list[tuple[str, Callable[[], Outcome]]]:
+        """Return name and function of every check, in order."""
+        last = [("stacking", self.stacking)] if self.kind in ("lora", "kohya") else []
+        return [*super().checks(), *last]
+
+
+def open_export(folder: Path, base: str | None) -> Export:
+    """Return the export as what its pipeline reads."""
+    manifest = json.loads((folder / "diffdistill.json").read_text())
+    return (Export if manifest["prompts"] is None else PromptedExport)(folder, base)
+
+
 def check_folder(folder: Path, base: str | None) -> dict[str, Any]:
     """Run every check on one folder; an exception of any kind fails the check it happened in."""
     began, results, failed = time.perf_counter(), [], False
     try:
-        checks = Export(folder, base).checks()
+        checks = open_export(folder, base).checks()
     except Exception as error:
         checks, failed = [], True
         results.append({"name": "manifest", "status": "failed", "error": None, "detail": f"{type(error).__name__}: {error}"})

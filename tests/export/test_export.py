@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_networks
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -43,60 +44,33 @@ DECLARED = {"num_classes": 10, "guidance": 2.0}
 
 
 def save_unet(folder: Path, prediction_type: str, num_class_embeds: int | None = 11) -> Path:
-    from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
+    from diffusers import ConsistencyModelPipeline, DDIMScheduler
 
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 16),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        num_class_embeds=num_class_embeds,
-        attention_head_dim=8,
-    )
+    network = small_networks.unet(block_out_channels=(16, 16), norm_num_groups=8, num_class_embeds=num_class_embeds)
     # The class default of the scheduler's spacing is "leading": an export that kept it would start at t = 0.
     scheduler = DDIMScheduler(**BETAS, prediction_type=prediction_type)
-    ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
-    if num_class_embeds:
-        (folder / "diffdistill_teacher.json").write_text(json.dumps({"config": DECLARED}))
-    return folder
+    return small_networks.save(
+        ConsistencyModelPipeline(unet=network, scheduler=scheduler), folder, **(DECLARED if num_class_embeds else {})
+    )
 
 
 def save_dit(folder: Path, num_classes: int = 10, learn_variance: bool = True) -> Path:
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from diffusers import DDIMScheduler, DiTPipeline
 
     torch.manual_seed(1)
     channels = 2
-    dit = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
+    network = small_networks.dit(
         in_channels=channels,
-        num_layers=2,
-        sample_size=4,
         out_channels=channels * (2 if learn_variance else 1),
-        patch_size=2,
+        sample_size=4,
         num_embeds_ada_norm=num_classes,
-        norm_num_groups=2,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+    autoencoder = small_networks.vae(channels=1, latent_channels=channels)
     labels = {str(k): f"digit {k}" for k in range(num_classes)}
-    pipeline = DiTPipeline(transformer=dit, vae=vae, scheduler=DDIMScheduler(**BETAS), id2label=labels)
+    pipeline = DiTPipeline(transformer=network, vae=autoencoder, scheduler=DDIMScheduler(**BETAS), id2label=labels)
     pipeline.register_to_config(id2label=labels)
-    pipeline.save_pretrained(folder)
-    return folder
+    return small_networks.save(pipeline, folder)
 
 
 def distorted(teacher: Teacher, lora: LoraSpec | None, layout: str = "copies") -> Roles:
@@ -484,6 +458,8 @@ def test_flow_and_extra_inputs_are_refused(place, unet):
     add_extra_inputs(roles["student"].network, teacher.family, ("second_time",))
     with pytest.raises(UserError, match="extra inputs"):
         export(teacher, roles, trailing(teacher, "ddim"), place / "refused", verify=False)
+    with pytest.raises(UserError, match="takes its guidance as an input"):
+        plan(teacher, replace(trailing(teacher, "ddim"), guidance=3.0, guidance_as_input=True))
 
 
 def test_lcm_grid_serves_several_step_counts(unet):

@@ -1,0 +1,195 @@
+"""LoRA files, merged pipelines and adapters of text-to-image students, checked by stock diffusers in a new process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffdistill.errors import UserError
+from diffdistill.export.card import snippet
+from diffdistill.export.export import export, plan
+from diffdistill.export.manifest import Manifest
+from diffdistill.export.verify import verify_all
+from diffdistill.files import sha256
+from diffdistill.math import grids
+from diffdistill.models.adapters import LoraSpec
+from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.models.roles import Roles, build_roles
+from diffdistill.sampling.sampler import Sampler
+
+_spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
+assert _spec is not None and _spec.loader is not None
+text_pipelines = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(text_pipelines)
+
+FILE = "pytorch_lora_weights.safetensors"
+# name -> (pipeline, rule, kind asked for, kind written)
+GOOD = {
+    "sd-lora": ("sd", "renoise", "auto", "lora"),
+    "sd-kohya": ("sd", "ddim", "kohya", "kohya"),
+    "sd-merged": ("sd", "ddim", "merged", "merged"),
+    "sd-peft": ("sd", "ddim", "peft", "peft"),
+    "sdxl-lora": ("sdxl", "renoise", "lora", "lora"),
+    "pixart-auto": ("pixart", "renoise", "auto", "peft"),
+    "sd3-lora": ("sd3", "ddim", "auto", "lora"),
+    "flux-lora": ("flux", "renoise", "auto", "lora"),
+    "sana-lora": ("sana", "renoise", "auto", "lora"),
+}
+
+
+def student(name: str, place: Path) -> tuple[Teacher, Roles]:
+    """Return a teacher and roles whose student is not the teacher; alpha / rank is 2."""
+    folder = place / "base" / name
+    teacher = load_teacher(
+        folder if folder.exists() else text_pipelines.save(name, place / "base"), size=32 if name == "sana" else 16
+    )
+    spec = LoraSpec(rank=4, alpha=8.0, targets="attention+ff" if teacher.pipeline_class != "SanaPipeline" else "attention")
+    roles = build_roles(teacher.denoiser, ("student", "fake"), "shared", spec)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in roles.parameters("student"):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return teacher, roles
+
+
+def rename(function: Callable[[str], str], scale_of_b: float = 1.0) -> Callable[[Path], None]:
+    """Return a damage: other keys in the LoRA file, or a scaled B."""
+
+    def damage(folder: Path) -> None:
+        with safe_open(folder / FILE, "pt") as file:
+            metadata = file.metadata()
+        state = {
+            function(name): tensor * (scale_of_b if ".lora_B." in name else 1.0)
+            for name, tensor in load_file(folder / FILE).items()
+        }
+        save_file(state, folder / FILE, metadata=metadata)
+
+    return damage
+
+
+def _attention_in_diffusers_spelling(key: str) -> str:
+    return (
+        re.sub(r"lora_A\.weight$", "lora.down.weight", re.sub(r"lora_B\.weight$", "lora.up.weight", key))
+        if "to_" in key
+        else key
+    )
+
+
+# The six broken exports: name -> (damage, the check that must fail)
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "mixed keys": (rename(_attention_in_diffusers_spelling), "tensors"),
+    "missing prefix": (rename(lambda key: key.removeprefix("unet.")), "attached"),
+    "wrong prefix": (rename(lambda key: key.replace("unet.", "transformer.", 1)), "attached"),
+    "compiled keys": (rename(lambda key: key.replace("unet.", "unet._orig_mod.", 1)), "attached"),
+    "zero lora_B": (rename(str, scale_of_b=0.0), "differs"),
+    "lost alpha": (rename(str, scale_of_b=0.5), "network"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("text-export")
+
+
+@pytest.fixture(scope="module")
+def manifests(place) -> dict[str, Manifest]:
+    written = {}
+    for name, (pipeline, rule, kind, _) in GOOD.items():
+        teacher, roles = student(pipeline, place)
+        sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), rule)
+        written[name] = export(teacher, roles, sampler, place / name, kind, method="dmd2", verify=False)
+    return written
+
+
+@pytest.fixture(scope="module")
+def verified(place, manifests) -> dict[str, Any]:
+    folders = {name: place / name for name in manifests}
+    for name, (damage, _) in BROKEN.items():
+        folder = folders[name] = place / f"broken {name}"
+        shutil.copytree(place / "sd-lora", folder)
+        damage(folder)
+        manifest = Manifest.read(folder)
+        manifest.model_copy(update={"files": manifest.files | {FILE: sha256(folder / FILE)}}).write(folder)
+    return dict(zip(folders, verify_all(list(folders.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_stock_diffusers_makes_the_students_images(name, verified, manifests):
+    assert verified[name].passed, str(verified[name])
+    assert manifests[name].kind == GOOD[name][-1]
+    names = [check.name for check in verified[name].checks]
+    assert ("stacking" in names) == (manifests[name].kind in ("lora", "kohya"))
+    assert {check.status for check in verified[name].checks} == {"passed"}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_of_the_six_broken_exports_is_named(name, verified):
+    assert verified[name].failure is not None and verified[name].failure.name == BROKEN[name][1], str(verified[name])
+
+
+def test_the_lora_file_is_the_portable_form(place, manifests):
+    """PEFT's keys under the component's name, the scale inside B, and five fields of metadata, no more."""
+    with safe_open(place / "sd-lora" / FILE, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+        names = list(file.keys())
+    assert all(re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name) for name in names)
+    assert metadata.keys() == {f"unet.{key}" for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
+    assert metadata["unet.r"] == metadata["unet.lora_alpha"] == 4
+    assert manifests["sd-lora"].adapter.num_tensors == len(names) and manifests["sd-lora"].adapter.alpha == 8
+    teacher, roles = student("sd", place)
+    state = roles.adapter_state("student")
+    stored = load_file(place / "sd-lora" / FILE)
+    for name, tensor in state.items():
+        torch.testing.assert_close(stored[f"unet.{name}"], tensor * (2.0 if ".lora_B." in name else 1.0))
+
+
+def test_kohya_spelling(place, manifests):
+    names = list(load_file(place / "sd-kohya" / FILE))
+    assert all(re.fullmatch(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", name) for name in names)
+
+
+def test_the_lines_on_the_card_run(place, manifests, monkeypatch):
+    """The card's own lines, in a new process that does not know diffdistill, make four images."""
+    lines = re.search(r"```python\n(.*?)```", (place / "sd-lora" / "README.md").read_text(), re.S).group(1)
+    assert lines.strip() == snippet(manifests["sd-lora"])
+    folder = place / "card"
+    shutil.copytree(place / "sd-lora", folder)
+    script = lines + "\nassert len(images) == 4 and images[0].size == (16, 16)\n"
+    done = subprocess.run([sys.executable, "-I", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "sample.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "message"),
+    [
+        ("pixart", "lora", {}, "has no load_lora_weights"),
+        ("sd3", "kohya", {}, "spelling of UNets"),
+        ("sd", "LORA", {}, "unknown export kind"),
+        ("sd", "lora", {"guidance": 2.0}, "guidance built in"),
+    ],
+)
+def test_what_cannot_leave_is_refused(name, kind, options, message, place):
+    teacher, roles = student(name, place)
+    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), "ddim", **options)
+    with pytest.raises(UserError, match=message):
+        export(teacher, roles, sampler, place / "refused", kind, verify=False)
+    assert not (place / "refused").exists()
+
+
+def test_sana_sprint_says_it_is_not_there_yet(place):
+    teacher = load_teacher(text_pipelines.save("sana-sprint", place / "base"), size=32)
+    with pytest.raises(UserError, match="cannot be exported yet"):
+        plan(teacher, Sampler(grids.trailing(teacher.denoiser.schedule, 2)))
