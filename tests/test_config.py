@@ -9,10 +9,11 @@ import yaml
 from pydantic import ValidationError
 
 from diffdistill import recipes
-from diffdistill.config import RunConfig, dump_config, load_config, parse_config, read_yaml, schema
+from diffdistill.config import RunConfig, dump_config, load_config, parse_config, schema
 from diffdistill.distillers import registry
 from diffdistill.errors import UserError
 from diffdistill.training.optimizers import OptimizerConfig
+from diffdistill.yaml_files import read_yaml
 
 RUN_RECIPES = [name for name in recipes.recipe_names() if not name.startswith("teachers/")]
 
@@ -71,10 +72,11 @@ def test_every_recipe_opens_with_what_paper_cost_result_and_command(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(recipes.recipe_names()) - set(RUN_RECIPES)))
-def test_every_teacher_config_parses(name):
-    from diffdistill.training.teacher import load_teacher_config
+def test_every_teacher_config_parses_and_opens_like_the_other_recipes(name):
+    from diffdistill.training.teachers import load_teacher_config
 
     assert load_teacher_config(recipes.recipe_path(name)).seed >= 0
+    assert all(recipes.describe_recipe(name)), recipes.describe_recipe(name)
 
 
 def test_method_settings_are_the_methods_own_class(write):
@@ -88,6 +90,7 @@ def test_method_settings_are_the_methods_own_class(write):
 def test_every_registered_method_is_chosen_by_its_name(name):
     values = {**yaml.safe_load(DMD2), "data": {"kind": "digits"}, "pairs": {"num": 8} if name == "dmd" else None}
     values["stages"] = [{"steps": 1, "method": {"name": name}}]
+    values |= {"roles": {}} if name == "agd" else {}  # its adapters are trained in place of LoRA
     assert parse_config(values).stages[0].method.name == name
 
 
@@ -229,6 +232,30 @@ def test_a_list_of_wrong_elements_is_one_mistake(write):
         (DMD2, ["stages.0.optimizers.stutent={}"], "stages.0.optimizers.stutent", "Did you mean 'student'?"),
         (DMD2, ["stages.0.method={name: dmd}"], "stages.0.method", "reads stored pairs"),
         (DMD2, ["pairs={num: 8}"], "pairs", "has no effect"),
+        (
+            PROGRESSIVE,
+            ["stages.0.method={name: progressive, guidance: [1, 4], guidance_input: 2}"],
+            "stages.0.method.guidance_input",
+            "Put a stage of method guidance before it",
+        ),
+        (
+            PROGRESSIVE,
+            [
+                "stages.0.method={name: guidance, guidance: [1, 4], guidance_input: 2}",
+                "roles={layout: shared, lora: {rank: 2}}",
+            ],
+            "stages.0.method.guidance_input",
+            "Set copies",
+        ),
+        (
+            PROGRESSIVE,
+            [
+                "stages=[{steps: 1, method: {name: guidance, guidance: [1, 4], guidance_input: 2}}, "
+                "{steps: 1, method: {name: lcm}}]"
+            ],
+            "stages.1.method.guidance_input",
+            "Set it in every stage",
+        ),
     ],
 )
 def test_an_impossible_combination_is_one_clear_mistake(write, text, overrides, place, said):

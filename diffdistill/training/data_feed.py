@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffdistill.config import RunConfig
+from diffdistill.config import CaptionsData, PromptsData, RunConfig
 from diffdistill.data.batches import (
     DataSource,
     ImageSource,
@@ -15,18 +16,22 @@ from diffdistill.data.batches import (
     MicroBatches,
     derive_seed,
     keyed_generator,
-    load_image_folder,
     uniform_labels,
 )
 from diffdistill.data.digits import digits
+from diffdistill.data.images import load_image_folder
 from diffdistill.data.pairs import Pairs
-from diffdistill.distillers.base import Batch, PairBatch
+from diffdistill.data.trajectories import Trajectories
+from diffdistill.distillers.base import Batch, PairBatch, TrajectoryBatch
 from diffdistill.errors import UserError
 from diffdistill.math import grids
 from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.loading import Teacher
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
+from diffdistill.sampling.trajectories import TrajectorySpec, make_trajectories
+from diffdistill.training.text_data import ALONE, Processes, text_source
 
 IMAGES_PER_PASS = 64
 
@@ -55,20 +60,30 @@ class DataFeed:
     Args:
         source: images or labels.
         pairs: stored pairs, or None.
+        trajectories: stored calls of the guided teacher, or None.
         teacher: makes conditions from labels.
         size: samples of a micro-batch.
     """
 
     def __init__(
-        self, source: DataSource, pairs: Pairs | None, teacher: Teacher, *, batch_size: int, size: int, seed: int, stage: int
+        self,
+        source: DataSource,
+        pairs: Pairs | None,
+        trajectories: Trajectories | None,
+        teacher: Teacher,
+        *,
+        batch_size: int,
+        size: int,
+        seed: int,
+        stage: int,
     ) -> None:
-        self.source, self.pairs, self.teacher = source, pairs, teacher
+        self.source, self.pairs, self.trajectories, self.teacher = source, pairs, trajectories, teacher
         self.key = (seed, "stage", stage)
         self.order = MicroBatches(source.num_samples, batch_size, size, derive_seed(*self.key, "order"))
-        classes = teacher.num_classes
-        self._template = teacher.condition(None if classes is None else torch.zeros(1, dtype=torch.int64), 1)
-        self.pair_order = (
-            None if pairs is None else MicroBatches(len(pairs), batch_size, size, derive_seed(*self.key, "pair order"))
+        self._null = teacher.conditioner.null
+        stored = pairs if pairs is not None else trajectories  # no method reads both
+        self.stored_order = (
+            None if stored is None else MicroBatches(len(stored), batch_size, size, derive_seed(*self.key, "pair order"))
         )
 
     @property
@@ -80,32 +95,49 @@ class DataFeed:
         """Return micro-batch `micro` of step `step` of the stage."""
         sample = self.source.take(self.order.indices(step, micro), keyed_generator(*self.key, step, "data", micro))
         x0 = None if sample.x0 is None else self._on_device(sample.x0)
-        return Batch(self._condition(sample.labels), x0, self._pairs(step, micro))
+        cond = self._condition(sample.values)
+        return Batch(cond, x0, pairs=self._pairs(step, micro), trajectories=self._trajectories(step, micro))
 
-    def _condition(self, labels: Tensor | None) -> Condition:
+    def _condition(self, values: Mapping[str, Tensor]) -> Condition:
         """Return what `teacher.condition` would, without its copies from pageable memory, for which a GPU is waited."""
-        values = {} if labels is None else {name: self._on_device(labels) for name in self._template.values}
-        return Condition(self.order.micro_batch_size, values, self._template.null)
+        moved = {name: self._on_device(value) for name, value in values.items()}
+        return Condition(self.order.micro_batch_size, moved, self._null if moved else {})
 
     def _on_device(self, value: Tensor) -> Tensor:
         device = self.teacher.device
         return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
     def _pairs(self, step: int, micro: int) -> PairBatch | None:
-        if self.pairs is None or self.pair_order is None:
+        if self.pairs is None or self.stored_order is None:
             return None
-        index = self.pair_order.indices(step, micro)
+        index = self.stored_order.indices(step, micro)
         labels = None if self.pairs.labels is None else self.pairs.labels[index]
         noise, x0 = self.pairs.noise[index], self.pairs.x0[index]
-        return PairBatch(self._on_device(noise), self._on_device(x0), self._condition(labels))
+        return PairBatch(self._on_device(noise), self._on_device(x0), self._labelled(labels))
+
+    def _trajectories(self, step: int, micro: int) -> TrajectoryBatch | None:
+        if self.trajectories is None or self.stored_order is None:
+            return None
+        *calls, labels = self.trajectories.take(self.stored_order.indices(step, micro))
+        return TrajectoryBatch(*(self._on_device(value) for value in calls), cond=self._labelled(labels))
+
+    def _labelled(self, labels: Tensor | None) -> Condition:
+        return self._condition({} if labels is None else {"class_labels": labels})
 
 
-def build_source(config: RunConfig, teacher: Teacher) -> DataSource:
-    """Return the run's states and labels, images encoded once to the teacher's states and kept in memory.
+def build_source(config: RunConfig, teacher: Teacher, processes: Processes = ALONE) -> DataSource:
+    """Return the run's states and conditions: images and text encoded once, the former kept in memory where they have labels.
 
     Raises:
-        UserError: images or classes that are not the teacher's.
+        UserError: images, classes or texts that are not what the teacher takes.
     """
+    if isinstance(config.data, PromptsData | CaptionsData):
+        return text_source(config.data, teacher, processes)
+    if teacher.family.reads_text:
+        raise UserError(
+            f"{teacher.path} makes images from text, and data.kind is {config.data.kind}. Set data: {{kind: prompts, path: ...}}, or "
+            "data: {kind: captions, path: ...} for methods that learn from images."
+        )
     if config.data.kind == "labels":
         return LabelSource(teacher.num_classes)
     images, labels = _images(config, teacher)
@@ -140,12 +172,30 @@ def _images(config: RunConfig, teacher: Teacher) -> tuple[Tensor, Tensor | None]
 def build_pairs(config: RunConfig, teacher: Teacher, path: Path) -> Pairs:
     """Read the run's stored pairs, or make them and store them at `path`, where a resumed run finds them."""
     assert config.pairs is not None
+    if teacher.family.reads_text:
+        raise UserError(
+            "pairs of a teacher that reads text are not made yet. Use a method that needs none, such as dmd2 or vsd."
+        )
     if config.pairs.path is not None:
         found = config.pairs.path
         return Pairs.load(found / "pairs.safetensors" if found.is_dir() else found)
     if not path.exists():
         make_pairs(teacher, config.pairs.num or 1, config.pairs.steps, config.pairs.guidance, config.seed).save(path)
     return Pairs.load(path)
+
+
+def build_trajectories(spec: TrajectorySpec, teacher: Teacher, denoiser: Denoiser, path: Path, seed: int) -> Trajectories:
+    """Read the stored trajectories of a method, or make them and store them at `path`, where a resumed run finds them.
+
+    `denoiser` is the teacher as the roles see it: its network may hold adapters by now.
+    """
+    if teacher.family.reads_text:
+        raise UserError("trajectories of a teacher that reads text are not made yet. Use method guidance.")
+    if spec.path is not None:
+        return Trajectories.load(spec.path)
+    if not path.exists():
+        make_trajectories(denoiser, spec, teacher.condition, teacher.num_classes, seed, teacher.device).save(path)
+    return Trajectories.load(path)
 
 
 @torch.no_grad()

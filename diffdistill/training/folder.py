@@ -35,6 +35,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
         self.pairs = path / "pairs.safetensors"
+        self.trajectories = path / "trajectories.safetensors"
         self._lock: IO[str] | None = None
 
     @property
@@ -97,6 +98,7 @@ class RunFolder:
             sessions = json.loads(self.environment.read_bytes()) if self.environment.is_file() else []
         else:  # an attempt that failed at once may have left another config, and pairs made by it
             self.pairs.unlink(missing_ok=True)
+            self.trajectories.unlink(missing_ok=True)
             write_atomic(self.config, dump_config(config))
         write_json(self.environment, [*sessions, {**environment(), **facts}])
 

@@ -41,7 +41,7 @@ class OptimizerConfig(BaseModel):
     @field_validator("name", mode="before")
     @classmethod
     def _known_name(cls, name: Any) -> Any:
-        if name not in BUILDERS:
+        if not isinstance(name, str) or name not in BUILDERS:
             raise unknown_name("optimizer", str(name), BUILDERS)
         return name
 

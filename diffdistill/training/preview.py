@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from diffdistill.config import CaptionsData, PromptsData, RunConfig
 from diffdistill.data.batches import derive_seed, keyed_generator
 from diffdistill.distillers.base import Distiller
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.files import write_atomic
 from diffdistill.math import grids
+from diffdistill.models.conditioning import Asked
+from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.loading import Teacher
 from diffdistill.models.roles import Roles
 from diffdistill.sampling.generate import Generate, image_generator
@@ -21,6 +25,7 @@ from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.training import drift
 from diffdistill.training.stopping import Diverged
+from diffdistill.training.text_data import texts
 
 TEACHER_STEPS = 50
 COLUMNS = 10
@@ -33,22 +38,29 @@ class Preview:
     Args:
         num: images.
         seed: of the run.
+        asked: labels or prompts, one for each image.
     """
 
-    def __init__(self, teacher: Teacher, num: int, seed: int) -> None:
-        self.teacher, self.seed = teacher, seed
+    def __init__(self, teacher: Teacher, num: int, seed: int, asked: Asked) -> None:
+        self.teacher, self.seed, self.asked = teacher, seed, asked
         self.seeds = [derive_seed(seed, "preview", k) for k in range(num)]
-        self.labels = None if teacher.num_classes is None else torch.arange(num) % teacher.num_classes
+        self.labels = asked if isinstance(asked, Tensor) else None
+        self._cond = teacher.condition(asked, num)  # kept: text encoders are released after it
 
     @functools.cached_property
     def teacher_images(self) -> Tensor:
         """The teacher's images, DDIM with its usual guidance; (N, C, H, W) in [-1, 1], made once."""
         sampler = Sampler(grids.trailing(self.teacher.denoiser.schedule, TEACHER_STEPS), guidance=self.teacher.guidance)
-        return image_generator(self.teacher, self.teacher.denoiser, sampler)(self.seeds, self.labels)
+        return self._images(self.teacher.denoiser, sampler)
 
     def student_images(self, roles: Roles, sampler: Sampler) -> Tensor:
         """Return the student's images, (N, C, H, W) in [-1, 1]; raises Diverged when they are not finite."""
-        return finite_generator(self.teacher, roles, sampler)(self.seeds, self.labels)
+        return _finite(self._images(roles["student"], sampler))
+
+    @torch.no_grad()
+    def _images(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
+        states = sampler.sample(denoiser, Noise(self.seeds, self.teacher.device), self._cond)
+        return self.teacher.codec.decode(states).clamp(-1, 1)
 
     def figures(self, images: Tensor) -> dict[str, float]:
         """Return the drift figures of the student's images and of the teacher's, as "drift/name" and "drift/name_teacher"."""
@@ -60,7 +72,7 @@ class Preview:
     @torch.no_grad()
     def fake_lag(self, roles: Roles, sampler: Sampler) -> float:
         """Return `drift.fake_lag` on the student's own states, not its average's: it is the student the fake follows."""
-        cond = self.teacher.condition(self.labels, len(self.seeds))
+        cond = self._cond
         states = sampler.sample(roles["student"], Noise(self.seeds, self.teacher.device), cond)
         return drift.fake_lag(roles["fake"], roles.teacher, states, cond, keyed_generator(self.seed, "lag"))
 
@@ -92,13 +104,23 @@ def finite_generator(teacher: Teacher, roles: Roles, sampler: Sampler) -> Genera
     """Return the generator of the student's images, which raises Diverged for images that are not finite."""
     inner = image_generator(teacher, roles["student"], sampler)
 
-    def generate(seeds: list[int], labels: Tensor | None) -> Tensor:
-        images = inner(seeds, labels)
-        if not images.isfinite().all():
-            raise Diverged("the student makes images that are not finite. Lower the learning rate, or clip gradients.")
-        return images
+    def generate(seeds: list[int], asked: Asked) -> Tensor:
+        return _finite(inner(seeds, asked))
 
     return generate
+
+
+def _finite(images: Tensor) -> Tensor:
+    if not images.isfinite().all():
+        raise Diverged("the student makes images that are not finite. Lower the learning rate, or clip gradients.")
+    return images
+
+
+def asked_in_samples(config: RunConfig, teacher: Teacher, num: int) -> Asked:
+    """Return what `num` sample images are asked for: the first prompts of the data over and over, the classes in turn, or nothing."""
+    if not isinstance(config.data, PromptsData | CaptionsData):
+        return teacher.examples(num)
+    return list(itertools.islice(itertools.cycle(texts(config.data)), num))
 
 
 class Validation:

@@ -299,7 +299,7 @@ def test_batches_that_cannot_be_shared_out_are_refused(batch, asked, processes):
 
 
 def test_fp16_without_a_gpu_is_refused_in_one_line():
-    from diffdistill.training.run import build_accelerator
+    from diffdistill.training.building import build_accelerator
 
     if torch.cuda.is_available():
         pytest.skip("has a GPU")

@@ -10,7 +10,8 @@ from tiny_runs import run_config, save_teacher
 from diffdistill.distillers.base import Loss
 from diffdistill.distillers.progressive import Progressive
 from diffdistill.training import checkpoint
-from diffdistill.training.run import load_run, train
+from diffdistill.training.loading import load_run
+from diffdistill.training.run import train
 from diffdistill.training.stopping import Diverged
 
 

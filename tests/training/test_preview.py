@@ -13,7 +13,8 @@ from diffdistill.math.schedules import RectifiedFlowSchedule
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.training import checkpoint, drift
-from diffdistill.training.run import load_run, train
+from diffdistill.training.loading import load_run
+from diffdistill.training.run import train
 
 
 def test_saturation_is_the_share_of_values_at_the_ends():

@@ -23,7 +23,8 @@ from diffdistill.training import checkpoint
 from diffdistill.training.data_feed import DataFeed
 from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder
-from diffdistill.training.run import load_run, train
+from diffdistill.training.loading import load_run
+from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
 
 
@@ -130,7 +131,7 @@ def test_batches_are_the_data_sets_and_differ_between_stages(teacher):
     loaded, images = load_teacher(teacher), digits()
 
     def batches(stage, size):
-        feed = DataFeed(ImageSource(*images), None, loaded, batch_size=8, size=size, seed=1, stage=stage)
+        feed = DataFeed(ImageSource(*images), None, None, loaded, batch_size=8, size=size, seed=1, stage=stage)
         return [feed.batch(step, micro) for step in range(3) for micro in range(8 // size)]
 
     x0, again, other = (torch.cat([batch.x0 for batch in batches(*key)]) for key in ((0, 4), (0, 2), (1, 4)))

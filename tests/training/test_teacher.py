@@ -13,22 +13,23 @@ from diffdistill.data.digits import Digits, digits, digits_split
 from diffdistill.errors import UserError
 from diffdistill.evaluation.digits_net import DigitsNet
 from diffdistill.files import hash_json, sha256
-from diffdistill.training import teacher
-from diffdistill.training.teacher import (
-    ASSETS,
+from diffdistill.training.teachers import (
     RECORD,
-    DiffusionConfig,
-    augment,
-    autoencoder_loss,
-    classifier_accuracy,
-    ddim_samples,
-    diffusion_loss,
+    autoencoder,
+    classifier,
+    diffusion,
     load_teacher_config,
-    lr_factor,
     parse_teacher_config,
+    parts,
+    run,
     train_teacher,
-    update_ema,
 )
+from diffdistill.training.teachers.autoencoder import autoencoder_loss
+from diffdistill.training.teachers.classifier import augment, classifier_accuracy
+from diffdistill.training.teachers.diffusion import DiffusionConfig, ddim_samples, diffusion_loss
+from diffdistill.training.teachers.fit import lr_factor, update_ema
+from diffdistill.training.teachers.parts import ASSETS
+from diffdistill.training.teachers.registry import KINDS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "teachers"
 SHIPPED = {
@@ -53,7 +54,7 @@ def trained(tmp_path_factory):
     train_teacher(small("digits-classifier"), root / "classifier", progress=False)
     train_teacher(small("digits-vae"), root / "vae", progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "NUM_JUDGED", 20)
+        patch.setattr(diffusion, "NUM_JUDGED", 20)
         train_teacher(small("digits-unet", classifier=str(root / "classifier")), root / "unet", progress=False)
     train_teacher(small("digits-dit", vae=str(root / "vae"), classifier=None), root / "dit", progress=False)
     return root
@@ -132,11 +133,15 @@ def test_the_same_config_gives_the_same_weights_whatever_the_global_seed(trained
 
 
 @pytest.mark.parametrize(
-    ("name", "function"),
-    [("digits-unet", "diffusion_loss"), ("digits-vae", "autoencoder_loss"), ("digits-classifier", "augment")],
+    ("name", "module", "function"),
+    [
+        ("digits-unet", diffusion, "diffusion_loss"),
+        ("digits-vae", autoencoder, "autoencoder_loss"),
+        ("digits-classifier", classifier, "augment"),
+    ],
 )
-def test_every_step_draws_afresh_from_the_seed_and_the_step(tmp_path, monkeypatch, name, function):
-    original, seeds = getattr(teacher, function), []
+def test_every_step_draws_afresh_from_the_seed_and_the_step(tmp_path, monkeypatch, name, module, function):
+    original, seeds = getattr(module, function), []
 
     def recording(*arguments, **named):
         generator = named.get("generator", arguments[-1])
@@ -144,7 +149,7 @@ def test_every_step_draws_afresh_from_the_seed_and_the_step(tmp_path, monkeypatc
             seeds.append(generator.initial_seed())
         return original(*arguments, **named)
 
-    monkeypatch.setattr(teacher, function, recording)
+    monkeypatch.setattr(module, function, recording)
     changes = {"classifier": None} if name == "digits-unet" else {}
     for seed in (0, 1):
         train_teacher(small(name, seed=seed, **changes), tmp_path / str(seed), progress=False)
@@ -154,9 +159,9 @@ def test_every_step_draws_afresh_from_the_seed_and_the_step(tmp_path, monkeypatc
 def test_a_snapshot_is_the_state_after_that_many_steps(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
-        teacher,
+        run,
         "_write",
-        lambda config, output, result, *rest: written.append((result.steps, result.measures["train_loss"])) or {},
+        lambda config, output, trained, *rest: written.append((trained.steps, trained.measures["train_loss"])) or {},
     )
     train_teacher(small("digits-classifier", steps=5), tmp_path / "out", progress=False, snapshot_every=2)
     assert [steps for steps, _ in written] == [2, 4, 5]
@@ -180,7 +185,7 @@ def test_a_diverging_training_is_refused_and_the_old_folder_stays(tmp_path):
 def test_nan_in_the_data_is_refused_before_training(tmp_path, monkeypatch, name):
     data = digits()
     data.images[int(digits_split().train[5]), 0, 0, 0] = float("nan")
-    monkeypatch.setattr(teacher, "digits", lambda: data)
+    monkeypatch.setattr(parts, "digits", lambda: data)
     with pytest.raises(UserError, match="NaN"):
         train_teacher(small(name), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -192,8 +197,14 @@ def test_an_unknown_key_names_its_place_and_the_nearest_known_one():
     values["sede"] = 1
     with pytest.raises(UserError, match=r"(?s)fit\.step: unknown key\. Did you mean 'steps'\?.*sede: .*'seed'"):
         parse_teacher_config(values)
-    with pytest.raises(UserError, match="kind"):
-        parse_teacher_config({"kind": "gan"})
+    with pytest.raises(UserError, match="unknown kind 'difusion'. Did you mean 'diffusion'.*autoencoder"):
+        parse_teacher_config({"kind": "difusion"})
+    with pytest.raises(UserError, match="has no kind, which chooses what it is"):
+        parse_teacher_config({"fit": {}})
+
+
+def test_the_table_names_each_kind_as_its_config_does():
+    assert {name: kind.config.model_fields["kind"].default for name, kind in KINDS.items()} == {name: name for name in KINDS}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +234,7 @@ def test_mistakes_found_while_building_are_explained(tmp_path):
             train_teacher(wrong, tmp_path / "out", progress=False)
     with pytest.raises(UserError, match="no autoencoder at"):
         train_teacher(small("digits-dit", vae="nowhere"), tmp_path / "out", progress=False)
-    with pytest.raises(UserError, match="cannot read the config"):
+    with pytest.raises(UserError, match=r"no file .*none\.yaml"):
         load_teacher_config(tmp_path / "none.yaml")
 
 

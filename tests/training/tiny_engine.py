@@ -5,9 +5,9 @@ from torch import nn
 
 from diffdistill.distillers.base import Batch, Loss, Turn
 from diffdistill.models.condition import Condition
+from diffdistill.training.building import build_accelerator
 from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer
-from diffdistill.training.run import build_accelerator
 
 DATA = torch.randn(64, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from small_networks import save, unet
 
 from diffdistill.config import RunConfig, parse_config
 from diffdistill.files import sha256
@@ -30,25 +31,12 @@ except Stopped as stopped:
 
 def save_teacher(folder: Path) -> Path:
     """Save a class-conditional v-prediction UNet on 8x8 grey images, ten classes and the empty label."""
-    import diffusers
+    from diffusers import DDIMPipeline, DDIMScheduler
 
     torch.manual_seed(0)
-    network = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        num_class_embeds=11,
-    )
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
-    diffusers.DDIMPipeline(network, scheduler).save_pretrained(folder)
-    (folder / "diffdistill_teacher.json").write_text(json.dumps({"config": {"num_classes": 10}}))
-    return folder
+    network = unet(attention=False, num_class_embeds=11)
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+    return save(DDIMPipeline(network, scheduler), folder, num_classes=10)
 
 
 def run_values(teacher: Path, output: Path, method: str = "progressive", steps: int = 10, **changes) -> dict:

@@ -1,0 +1,50 @@
+"""The schema of a run: what a YAML file may say, checked whole before anything is built."""
+
+from diffdistill.config.combinations import problems
+from diffdistill.config.reading import dump_config, load_config, parse_config, schema
+from diffdistill.config.settings import (
+    CaptionsData,
+    CheckpointConfig,
+    Data,
+    DigitsData,
+    EmaConfig,
+    FolderData,
+    GuardConfig,
+    LabelsData,
+    LoggingConfig,
+    Method,
+    PairsConfig,
+    PromptsData,
+    RolesConfig,
+    RunConfig,
+    SamplesConfig,
+    StageConfig,
+    TeacherOptions,
+    ValidationConfig,
+)
+
+__all__ = [
+    "CaptionsData",
+    "CheckpointConfig",
+    "Data",
+    "DigitsData",
+    "EmaConfig",
+    "FolderData",
+    "GuardConfig",
+    "LabelsData",
+    "LoggingConfig",
+    "Method",
+    "PairsConfig",
+    "PromptsData",
+    "RolesConfig",
+    "RunConfig",
+    "SamplesConfig",
+    "StageConfig",
+    "TeacherOptions",
+    "ValidationConfig",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "problems",
+    "schema",
+]

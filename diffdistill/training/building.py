@@ -1,0 +1,148 @@
+"""From a run's config to what trains: the accelerator, the roles, and the engine of a stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffdistill.config import RunConfig, StageConfig
+from diffdistill.data.batches import DataSource, derive_seed
+from diffdistill.data.pairs import Pairs
+from diffdistill.data.trajectories import Trajectories
+from diffdistill.distillers import registry
+from diffdistill.distillers.base import Distiller
+from diffdistill.errors import UserError
+from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.models.roles import HEAD, Roles, Shadow, build_roles
+from diffdistill.training.data_feed import DataFeed, build_source, micro_batch_size
+from diffdistill.training.engine import Engine, Guard
+from diffdistill.training.optimizers import RoleOptimizer
+
+
+def build_accelerator(precision: str) -> Any:
+    """Return accelerate's Accelerator at a precision, on the GPU where there is one; joins the processes of a launcher.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    on_gpu = torch.cuda.is_available()
+    if precision == "fp16" and not on_gpu:
+        raise UserError("precision fp16 needs a GPU. On the CPU set precision: bf16 (or fp32).")
+    if AcceleratorState._shared_state:  # an earlier run of this process may have had another precision
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
+
+
+def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:
+    """Load the run's teacher as the config asks."""
+    options = config.teacher_options
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    return load_teacher(config.teacher, dtype, device, options.variant, options.size)
+
+
+def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:
+    """Build every role that a stage of the run needs; all start at the teacher."""
+    needs = [stage.needs for stage in config.stages]
+    names = dict.fromkeys(role for need in needs for role in (*need.trained, *need.frozen) if role != HEAD)
+    inputs = dict.fromkeys(name for need in needs for name in need.extra_inputs)
+    head = _build_head(config.seed, teacher, {need.head for need in needs if need.head})
+    adapters = next((need.guidance_adapters for need in needs if need.guidance_adapters is not None), None)
+    return build_roles(
+        teacher.denoiser,
+        tuple(names),
+        config.roles.layout,
+        config.roles.lora,
+        head=head,
+        extra_inputs=tuple(inputs),
+        guidance_adapters=adapters,
+    )
+
+
+def _build_head(seed: int, teacher: Teacher, taps: set[str]) -> torch.nn.Module | None:
+    """Build the discriminator head, equal in every process. A run has one at most, so its stages must read one tap."""
+    if not taps:
+        return None
+    if len(taps) > 1:
+        raise UserError(
+            f"a run has one discriminator head, and its stages read different taps: {', '.join(sorted(taps))}. Set "
+            "one, or make them runs of their own."
+        )
+    from diffdistill.models.heads import build_head
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "head"))
+        return build_head(teacher.denoiser, taps.pop(), cond=teacher.condition(teacher.examples(1), 1))
+
+
+def build_distiller(stage: StageConfig, roles: Roles) -> Distiller:
+    """Return the method of a stage; some set roles when they are built."""
+    return registry.get(stage.method.name)(stage.method, roles.teacher, roles, stage.steps)
+
+
+def build_engine(
+    config: RunConfig,
+    index: int,
+    teacher: Teacher,
+    roles: Roles,
+    *,
+    source: DataSource,
+    pairs: Pairs | None,
+    trajectories: Trajectories | None = None,
+    shadow: Shadow | None,
+    accelerator: Any,
+    size: int,
+) -> Engine:
+    """Put stage `index` together: method, fresh optimisers, data in micro-batches of `size`."""
+    stage = config.stages[index]
+    optimizers = {
+        role: RoleOptimizer(role, roles.parameters(role), stage.optimizer(role), stage.steps) for role in stage.trained
+    }
+    feed = DataFeed(
+        source,
+        pairs if stage.needs.pairs else None,
+        trajectories if stage.needs.trajectories is not None else None,
+        teacher,
+        batch_size=config.batch_size,
+        size=size,
+        seed=config.seed,
+        stage=index,
+    )
+    return Engine(
+        build_distiller(stage, roles),
+        roles,
+        optimizers,
+        feed,
+        accelerator,
+        seed=config.seed,
+        stage=index,
+        clip_grad_norm=config.clip_grad_norm,
+        guard=Guard(config.guard.max_nonfinite_steps),
+        averages={} if shadow is None else {"student": shadow},
+    )
+
+
+def build_shadow(config: RunConfig, roles: Roles) -> Shadow | None:
+    """Return the average of the student's weights, where the run keeps one."""
+    return None if config.ema is None else Shadow(roles, "student", config.ema.decay)
+
+
+def open_stage(config: RunConfig, teacher: Teacher, index: int = 0) -> tuple[Roles, Engine]:
+    """Build the roles and the engine of one stage without a run folder: what a benchmark of the step needs."""
+    accelerator = build_accelerator(config.precision)
+    roles = build_run_roles(config, teacher)
+    engine = build_engine(
+        config,
+        index,
+        teacher,
+        roles,
+        source=build_source(config, teacher),
+        pairs=None,
+        shadow=build_shadow(config, roles),
+        accelerator=accelerator,
+        size=micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes),
+    )
+    return roles, engine

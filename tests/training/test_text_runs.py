@@ -1,0 +1,138 @@
+"""Runs of text-to-image teachers: prompts or captioned images in, a LoRA that stock diffusers loads out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffdistill.config import parse_config
+from diffdistill.errors import UserError
+from diffdistill.export.export import export
+from diffdistill.models.conditioning import PromptConditioner
+from diffdistill.models.loading import load_teacher
+from diffdistill.training.data_feed import build_source
+from diffdistill.training.loading import load_run
+from diffdistill.training.run import train
+
+_spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
+assert _spec is not None and _spec.loader is not None
+text_pipelines = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(text_pipelines)
+
+PROMPTS = ["a fox", "a house", "a tree"]
+DMD2 = {"name": "dmd2", "student_steps": 2, "guidance": 3.0, "student_every": 1}
+LCM = {"name": "lcm", "solver_steps": 10, "guidance": [2.0, 4.0]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("text-runs")
+    text_pipelines.save("sd", root)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    images = root / "images"
+    images.mkdir()
+    for k, caption in enumerate(PROMPTS):
+        pixels = np.random.default_rng(k).integers(0, 255, (20, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{k}.png")
+        (images / f"{k}.txt").write_text(caption)
+    return root
+
+
+def config(place: Path, output: str, method: dict[str, Any], data: str = "prompts", steps: int = 6, **changes: Any):
+    path = place / ("prompts.txt" if data == "prompts" else "images")
+    values: dict[str, Any] = {
+        "teacher": str(place / "sd"),
+        "teacher_options": {"size": 16},
+        "output": str(place / output),
+        "data": {"kind": data, "path": str(path), "cache": str(place / "cache")},
+        "roles": {"layout": "shared", "lora": {"rank": 2, "targets": "attention"}},
+        "stages": [{"steps": steps, "method": method, "optimizers": {"student": {"lr": 1e-2}}}],
+        "batch_size": 4,
+        "ema": {"decay": 0.5},
+        "samples": {"every_steps": 6, "num": 4},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    return parse_config(values | changes)
+
+
+def test_prompts_in_and_a_verified_lora_out(place):
+    """DMD2 with guidance on one backbone, data-free; the export is checked by stock diffusers in a new process."""
+    run = config(place, "dmd2", DMD2)
+    train(run, progress=False)
+    loaded = load_run(place / "dmd2")
+    assert (place / "dmd2" / "samples" / "step_0000006.png").exists()
+    manifest = export(loaded.teacher, loaded.roles, loaded.sampler(2), place / "lora")
+    assert manifest.kind == "lora" and manifest.verification is not None and manifest.verification.passed
+    assert manifest.call["guidance_scale"] == 1 and manifest.timesteps == {"2": [999.0, 499.0]}
+
+
+def test_captioned_images_train_lcm_lora_and_the_run_repeats_itself(place):
+    for name in ("lcm", "lcm-again"):
+        train(config(place, name, LCM, "captions"), progress=False)
+    states = [load_run(place / name).roles.adapter_state("student") for name in ("lcm", "lcm-again")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert any(bool(tensor.any()) for key, tensor in states[0].items() if "lora_B" in key)
+    assert load_run(place / "lcm").sampler(4).rule == "renoise"
+
+
+def test_text_is_encoded_once_and_the_encoders_leave(place, monkeypatch):
+    teacher = load_teacher(place / "sd", size=16)
+    run = config(place, "once", DMD2)
+    source = build_source(run, teacher)
+    assert isinstance(teacher.conditioner, PromptConditioner) and teacher.conditioner._pipeline is None
+    assert source.num_samples == 3
+    sample = source.take(torch.tensor([2, 0]), torch.Generator())
+    assert sample.x0 is None
+    torch.testing.assert_close(
+        dict(sample.values), dict(load_teacher(place / "sd", size=16).condition([PROMPTS[2], PROMPTS[0]]).values)
+    )
+    again = load_teacher(place / "sd", size=16)
+    monkeypatch.setattr(PromptConditioner, "values", lambda *_: pytest.fail("the prompts are in the cache"))
+    build_source(run, again)
+
+
+def test_other_prompts_or_encoders_are_another_cache(place, tmp_path):
+    def folders(path: Path) -> set[str]:
+        return {child.name for child in path.iterdir()}
+
+    cache = tmp_path / "cache"
+    data = {"kind": "prompts", "path": str(place / "prompts.txt"), "cache": str(cache)}
+    build_source(parse_config(_with_data(place, data)), load_teacher(place / "sd", size=16))
+    one = folders(cache)
+    (tmp_path / "other.txt").write_text("a moon")
+    build_source(
+        parse_config(_with_data(place, data | {"path": str(tmp_path / "other.txt")})), load_teacher(place / "sd", size=16)
+    )
+    assert len(one) == 1 and len(folders(cache)) == 2
+
+
+def _with_data(place: Path, data: dict[str, Any]) -> dict[str, Any]:
+    return {"teacher": str(place / "sd"), "output": str(place / "x"), "data": data, "stages": [{"steps": 1, "method": DMD2}]}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: config(p, "x", LCM, "prompts"), "learns from images"),
+        (lambda p: build_source(config(p, "x", DMD2), load_teacher("digits-unet")), "reads no text"),
+        (
+            lambda p: build_source(parse_config(_with_data(p, {"kind": "labels"})), load_teacher(p / "sd")),
+            "makes images from text",
+        ),
+    ],
+)
+def test_mistakes_are_named(place, make, message):
+    with pytest.raises(UserError, match=message):
+        make(place)
+
+
+def test_run_folder_says_how_the_teacher_was_loaded(place):
+    run = config(place, "options", DMD2)
+    assert json.loads(run.model_dump_json())["teacher_options"] == {"dtype": "fp32", "variant": None, "size": 16}
