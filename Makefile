@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $(STAMP)
 
-quickstart: install  ## from teacher to report and verified export, about five minutes on two cores
+quickstart: install  ## from teacher to report and verified export, about four minutes on two cores
 	$(BIN)/diffdistill quickstart
 
 test: install

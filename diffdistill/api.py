@@ -20,8 +20,9 @@ from diffdistill.export.manifest import Manifest, Verification
 from diffdistill.models.loading import load_teacher
 from diffdistill.preflight import check
 from diffdistill.targets import open_target, steps_of
-from diffdistill.training.run import LoadedRun, load_run, train
-from diffdistill.training.teacher import load_teacher_config
+from diffdistill.training import teachers
+from diffdistill.training.loading import LoadedRun, load_run
+from diffdistill.training.run import train
 
 __all__ = [
     "check",
@@ -78,12 +79,10 @@ def train_teacher(config: str | Path, output: str | Path, progress: bool = True)
     Raises:
         UserError: mistakes in the file, or an output folder that exists.
     """
-    from diffdistill.training import teacher
-
-    settings = load_teacher_config(config)
+    settings = teachers.load_teacher_config(config)
     if Path(output).exists():
         raise UserError(f"{output} exists already and is left as it is. Choose another folder with -o, or remove it.")
-    return teacher.train_teacher(settings, output, progress=progress)
+    return teachers.train_teacher(settings, output, progress=progress)
 
 
 @dataclass(frozen=True)

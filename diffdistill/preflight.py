@@ -12,12 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from diffdistill.config import CheckpointConfig, LoggingConfig, RunConfig, StageConfig, load_config, parse_config
+from diffdistill.config import CheckpointConfig, LoggingConfig, RunConfig, load_config, parse_config
 from diffdistill.errors import UserError
 from diffdistill.export import plan
 from diffdistill.listing import columns
+from diffdistill.training.loading import LoadedRun, load_run
 from diffdistill.training.optimizers import OptimizerConfig
-from diffdistill.training.run import LoadedRun, load_run, train
+from diffdistill.training.run import train
 
 TRIED_STEPS = 6  # of each stage; the first pays for allocation and is not timed
 STEP_COUNTS = (1, 2, 4, 8)  # shown where a method serves any
@@ -207,14 +208,9 @@ def _stages(config: RunConfig, seconds: Sequence[float]) -> list[StageRow]:
     ]
 
 
-def _trained_steps(stage: StageConfig) -> int | None:
-    """Return the number of steps a method is trained for, None where it serves any."""
-    return getattr(stage.method, "student_steps", None)
-
-
 def _samplers(config: RunConfig, run: LoadedRun) -> list[SamplerRow]:
     """Return a row per number of steps; refuse a student that no stock scheduler carries."""
-    wanted = _trained_steps(config.stages[-1])
+    wanted = config.stages[-1].method.usual_steps
     asked = () if config.validation is None else config.validation.steps
     rows = []
     for steps in sorted({*STEP_COUNTS, *asked, *(() if wanted is None else (wanted,))}):

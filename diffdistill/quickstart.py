@@ -1,6 +1,6 @@
 """The main job on embedded data: a teacher, three methods, one table, a report, and an export that stock diffusers loads.
 
-diffdistill quickstart            about five minutes on two cores
+diffdistill quickstart            about four minutes on two cores
 diffdistill quickstart --short    the same path in a few steps each: shows that everything runs, not good images
 """
 
@@ -140,7 +140,7 @@ def student_entries(config: RunConfig) -> Iterator[Entry]:
     done = 0
     for stage in config.stages:
         done += stage.steps
-        fixed = getattr(stage.method, "student_steps", None)
+        fixed = stage.method.fixed_steps
         for steps in STEPS if fixed is None else (fixed,):
             yield Entry(stage.method.name, str(config.output), steps, checkpoint=checkpoint_name(done))
 

@@ -143,7 +143,7 @@ def open_target(target: str | Path, solver: str | None = None, checkpoint: str |
 
 
 def _run(name: str, path: Path, checkpoint: str | Path | None) -> Target:
-    from diffdistill.training.run import load_run
+    from diffdistill.training.loading import load_run
 
     run = load_run(path, checkpoint=checkpoint)
 
@@ -155,8 +155,9 @@ def _run(name: str, path: Path, checkpoint: str | Path | None) -> Target:
 
 
 def steps_of(run: Any) -> int:
-    """Return the number of steps that a loaded run's student is trained for, DEFAULT_STEPS where it serves any."""
-    return getattr(run.distiller.config, "student_steps", DEFAULT_STEPS)
+    """Return the number of steps that a loaded run's student is sampled in, DEFAULT_STEPS where its method names none."""
+    usual = run.stage.method.usual_steps
+    return DEFAULT_STEPS if usual is None else usual
 
 
 def _export(name: str, path: Path) -> Target:

@@ -32,8 +32,8 @@ from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.roles import Roles
+from diffdistill.training.building import open_stage
 from diffdistill.training.engine import Engine
-from diffdistill.training.run import open_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {

@@ -61,9 +61,9 @@ def served_steps(method: str, stages: list) -> list[tuple[int, int]]:
         for stage in stages:
             done += stage.steps
             served.append((stage.method.student_steps, done))
-        return served
+        return [(count, step) for count, step in served if count in BASELINE_STEPS]
     total = sum(stage.steps for stage in stages)
-    steps = {"consistency": (1, 2, 4, 8), "dmd2-1": (1,), "dmd2-4": (2, 4)}[method]
+    steps = {"consistency": (1, 2, 4, 8), "dmd2-1": (1,), "dmd2-4": (4,)}[method]
     return [(count, total) for count in steps]
 
 

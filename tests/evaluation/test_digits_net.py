@@ -1,9 +1,12 @@
 import pytest
 import torch
 
-from diffdistill.data.digits import digits, digits_uint8
+from diffdistill.data.digits import digits
 from diffdistill.errors import UserError
 from diffdistill.evaluation.digits_net import DigitsNet, DigitsNetConfig
+from diffdistill.evaluation.images import to_uint8
+
+DIGITS = to_uint8(digits().images)
 
 
 def make(**config) -> DigitsNet:
@@ -13,7 +16,7 @@ def make(**config) -> DigitsNet:
 
 def test_features_are_the_layer_before_the_logits():
     network = make()
-    features, logits = network(digits_uint8()[:5])
+    features, logits = network(DIGITS[:5])
     assert features.shape == (5, 64) and logits.shape == (5, 10) and features.dtype == torch.float32
     torch.testing.assert_close(logits, network.head(features))
     assert features.std() > 0
@@ -21,9 +24,9 @@ def test_features_are_the_layer_before_the_logits():
 
 def test_bytes_are_read_as_the_minus_one_to_one_scale():
     network = make()
-    torch.testing.assert_close(network(digits_uint8()[:9]).logits, network.classify(digits_uint8()[:9] / 127.5 - 1).logits)
+    torch.testing.assert_close(network(DIGITS[:9]).logits, network.classify(DIGITS[:9] / 127.5 - 1).logits)
     near = network.classify(digits().images[:9]).logits  # bytes differ from the levels by at most half a step of 2/255
-    torch.testing.assert_close(network(digits_uint8()[:9]).logits, near, atol=5e-3, rtol=0)
+    torch.testing.assert_close(network(DIGITS[:9]).logits, near, atol=5e-3, rtol=0)
 
 
 def test_other_inputs_are_refused():
@@ -40,7 +43,7 @@ def test_a_saved_network_comes_back_as_the_config_describes(tmp_path, config):
     loaded = DigitsNet.load(tmp_path)
     assert loaded.config == network.config and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert torch.equal(loaded(digits_uint8()[:3]).logits, network(digits_uint8()[:3]).logits)
+    assert torch.equal(loaded(DIGITS[:3]).logits, network(DIGITS[:3]).logits)
 
 
 def test_damaged_folders_are_refused(tmp_path):

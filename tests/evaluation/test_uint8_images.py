@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffdistill.data.digits import digits, digits_uint8
+from diffdistill.data.digits import digits
 from diffdistill.evaluation.images import check_uint8_images, from_uint8, pixel_statistics, to_uint8
 
 
@@ -18,8 +18,16 @@ def test_every_byte_survives_the_round_trip(dtype):
     assert torch.equal(to_uint8(from_uint8(every).to(dtype)), every)
 
 
-def test_the_rule_is_that_of_the_embedded_data():
-    assert torch.equal(to_uint8(digits().images), digits_uint8())
+def test_bytes_of_the_digits_follow_the_rule_computed_in_integers():
+    levels = ((digits().images + 1) * 8).long()  # 0..16
+    doubled = levels * 255  # level k is k * 255 / 16: round half to even in exact integer arithmetic
+    low, rest = doubled // 16, doubled % 16
+    expected = low + ((rest > 8) | ((rest == 8) & (low % 2 == 1))).long()
+    assert torch.equal(to_uint8(digits().images).long(), expected)
+
+
+def test_half_precision_is_computed_in_float32():
+    assert to_uint8(torch.tensor([0.4999], dtype=torch.bfloat16)).tolist() == [191]  # bfloat16 0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
