@@ -17,9 +17,10 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.compare import Comparison
 from diffdistill.evaluation.evaluate import Evaluation
 from diffdistill.export.manifest import Manifest, Verification
+from diffdistill.models.conditioning import Asked
 from diffdistill.models.loading import load_teacher
 from diffdistill.preflight import check
-from diffdistill.targets import open_target, steps_of
+from diffdistill.targets import Target, open_target, steps_of
 from diffdistill.training import teachers
 from diffdistill.training.loading import LoadedRun, load_run
 from diffdistill.training.run import train
@@ -111,8 +112,9 @@ def sample(
     guidance: float | None = None,
     solver: str | None = None,
     checkpoint: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Samples:
-    """Make images; image k has seed + k and label k, so it is the same whatever the number asked for.
+    """Make images; image k has seed + k and label or prompt k, so it is the same whatever the number asked for.
 
     Args:
         target: a run folder, an export, a pipeline folder, or an embedded teacher.
@@ -123,30 +125,44 @@ def sample(
         guidance: scale counted from 1; None for what the model is meant for.
         solver: of a teacher, one of `targets.SOLVERS`.
         checkpoint: of a run; None for the newest.
+        prompts: for a model that reads text, repeated until there are enough.
     Raises:
-        UserError: nothing to sample at target, labels out of range, or settings that do not fit it.
+        UserError: nothing to sample at target, labels out of range, no prompts, or settings that do not fit it.
     """
     from diffdistill.evaluation.images import to_uint8
 
     if num < 1:
         raise UserError(f"num must be at least 1; got {num}.")
     opened = open_target(target, solver, checkpoint)
-    classes = opened.teacher.num_classes
-    chosen = None
-    if classes is None and labels:
-        raise UserError(f"{target} is unconditional; leave the labels out.")
-    if classes is not None:
-        wrong = [label for label in labels or () if not 0 <= label < classes]
-        if wrong:
-            raise UserError(f"labels of {target} run from 0 to {classes - 1}; got {', '.join(map(str, wrong))}.")
-        cycle = list(labels or range(classes))
-        chosen = torch.tensor([cycle[k % len(cycle)] for k in range(num)])
+    asked = _asked(opened, num, labels, prompts)
     sampler = opened.sampler(steps, guidance)
     generate, parts = opened.generator(sampler), []
     for start in range(0, num, IMAGES_PER_CALL):
         stop = min(num, start + IMAGES_PER_CALL)
-        parts.append(generate(list(range(seed + start, seed + stop)), None if chosen is None else chosen[start:stop]))
+        parts.append(generate(list(range(seed + start, seed + stop)), None if asked is None else asked[start:stop]))
+    chosen = asked if isinstance(asked, torch.Tensor) else None
     return Samples(to_uint8(torch.cat(parts)), chosen, sampler.num_steps, sampler.nfe)
+
+
+def _asked(opened: Target, num: int, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Asked:
+    """Return what each of `num` images is asked for: labels or prompts over and over, or nothing."""
+    classes, reads_text = opened.teacher.num_classes, opened.teacher.family.reads_text
+    if prompts and not reads_text:
+        raise UserError(f"{opened.name} reads no text; leave the prompts out.")
+    if labels and classes is None:
+        kind = "reads text; give prompts in place of labels" if reads_text else "is unconditional; leave the labels out"
+        raise UserError(f"{opened.name} {kind}.")
+    if reads_text:
+        if not prompts:
+            raise UserError(f"{opened.name} makes images from text; give prompts.")
+        return [prompts[k % len(prompts)] for k in range(num)]
+    if classes is None:
+        return None
+    wrong = [label for label in labels or () if not 0 <= label < classes]
+    if wrong:
+        raise UserError(f"labels of {opened.name} run from 0 to {classes - 1}; got {', '.join(map(str, wrong))}.")
+    cycle = list(labels or range(classes))
+    return torch.tensor([cycle[k % len(cycle)] for k in range(num)])
 
 
 Progress = Callable[[str, int, int], None]

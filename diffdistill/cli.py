@@ -137,6 +137,7 @@ def sample(
     guidance: float | None = None,
     solver: str | None = None,
     checkpoint: str | None = None,
+    prompts: Path | None = None,
     output: Output = Path("grid.png"),
 ) -> int:
     """Make images and write them as one PNG grid.
@@ -150,12 +151,15 @@ def sample(
         guidance: scale counted from 1; what the model is meant for when left out.
         solver: of a teacher: ddim, heun, dpmpp_2m, unipc, or stock for the pipeline's own scheduler.
         checkpoint: of a run; the newest when left out.
+        prompts: file of prompts (.txt with one a line, or a table), for a model that reads text.
         output: PNG file.
     """
     _png(output)
     from diffdistill import api
+    from diffdistill.data.prompts import read_prompts
 
-    images = api.sample(target, steps, num, labels, seed, guidance, solver, checkpoint)
+    texts = None if prompts is None else read_prompts(prompts)
+    images = api.sample(target, steps, num, labels, seed, guidance, solver, checkpoint, texts)
     images.save_grid(output)
     print(f"wrote {output}: {num} images, {images.num_steps} steps, {images.nfe} network evaluations each")
     return 0

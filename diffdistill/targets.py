@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.export.manifest import MANIFEST, Manifest
+from diffdistill.export.manifest import LORA_FILE, MANIFEST, Manifest
 from diffdistill.math import grids
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
@@ -54,11 +54,13 @@ class StockSampler:
         config: every field, the class name under "_class_name".
         num_steps: what `set_timesteps` gets.
         guidance: scale counted from 1.
+        gives_sigmas: whether the pipeline sets the times by even sigmas.
     """
 
     config: Mapping[str, Any]
     num_steps: int
     guidance: float = 1.0
+    gives_sigmas: bool = False
 
     @property
     def nfe(self) -> int:
@@ -68,7 +70,8 @@ class StockSampler:
     def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
         """Return the final states."""
         scheduler = stock.build_scheduler(self.config)
-        return stock.stock_sample(guided(denoiser, self.guidance), scheduler, self.num_steps, noise, cond)
+        net = guided(denoiser, self.guidance)
+        return stock.stock_sample(net, scheduler, self.num_steps, noise, cond, self.gives_sigmas)
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,16 @@ class Target:
             raise UserError(f"steps must be at least 1; got {num_steps}.")
         if guidance is not None and guidance < 0:
             raise UserError(f"guidance is counted from 1 (1 = none, larger is stronger); got {guidance:g}.")
-        if guidance not in (None, 1) and self.teacher.num_classes is None:
+        if guidance not in (None, 1) and self.teacher.conditioner.conditioning == "none":
             raise UserError(f"{self.name} is unconditional, so guidance {guidance:g} has no effect; leave it out.")
         return self.make_sampler(num_steps, guidance)
 
     def generator(self, sampler: AnySampler) -> Generate:
-        """Return (seeds, labels) -> images; an unconditional model takes no notice of the labels."""
+        """Return (seeds, labels or prompts) -> images; an unconditional model takes no notice of the labels."""
         generate = image_generator(self.teacher, self.denoiser, sampler)
-        if self.teacher.num_classes is not None:
+        if self.teacher.conditioner.conditioning != "none":
             return generate
-        return lambda seeds, labels: generate(seeds, None)
+        return lambda seeds, asked: generate(seeds, None)
 
 
 def open_target(target: str | Path, solver: str | None = None, checkpoint: str | Path | None = None) -> Target:
@@ -163,15 +166,17 @@ def steps_of(run: Any) -> int:
 def _export(name: str, path: Path) -> Target:
     manifest = Manifest.read(path)
     config = {"_class_name": manifest.scheduler.class_name, **manifest.scheduler.config}
+    size = manifest.call.get("height")
     if manifest.kind == "merged":
-        teacher = load_teacher(path)
+        teacher = load_teacher(path, size=size)
         denoiser = teacher.denoiser
     else:
-        teacher = load_teacher(manifest.base.path)
-        denoiser = _with_adapter(teacher, path)
+        teacher = load_teacher(manifest.base.path, size=size)
+        denoiser = _with_adapter(teacher, path) if manifest.kind == "peft" else _with_lora(teacher, manifest, path)
 
     def make(num_steps: int, guidance: float | None) -> AnySampler:
-        return StockSampler(config, num_steps, manifest.guidance if guidance is None else guidance)
+        scale = manifest.guidance if guidance is None else guidance
+        return StockSampler(config, num_steps, scale, manifest.gives_sigmas)
 
     return Target(name, "export", teacher, denoiser, make, manifest.step_counts[0])
 
@@ -184,6 +189,21 @@ def _with_adapter(teacher: Teacher, path: Path) -> Denoiser:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the adapter in {path}: {error}") from error
     return teacher.denoiser.with_network(merged.eval().requires_grad_(False))  # type: ignore[attr-defined]
+
+
+def _with_lora(teacher: Teacher, manifest: Manifest, path: Path) -> Denoiser:
+    """Return the base with a LoRA file merged in, read as the stock pipeline reads it."""
+    import diffusers
+
+    network: Any = teacher.network
+    try:
+        found = getattr(diffusers, manifest.pipeline_class).lora_state_dict(str(path), weight_name=LORA_FILE)
+        network.load_lora_adapter(found[0] if isinstance(found, tuple) else found, prefix=manifest.component)
+        network.fuse_lora()
+        network.unload_lora()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load the LoRA in {path}: {error}") from error
+    return teacher.denoiser.with_network(network.eval().requires_grad_(False))  # type: ignore[attr-defined]
 
 
 def _pipeline(name: str, solver: str) -> Target:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.export.card import NUM_REFERENCES, REFERENCE_PROMPTS, card, reference_labels
-from diffdistill.export.manifest import MANIFEST, REFERENCE, Adapter, Base, Kind, Manifest, SchedulerRecord
+from diffdistill.export.manifest import LORA_FILE, MANIFEST, REFERENCE, Adapter, Base, Kind, Manifest, SchedulerRecord
 from diffdistill.export.verify import VerificationError
 from diffdistill.export.verify import verify as verify_export
 from diffdistill.files import atomic_folder, sha256, write_atomic, write_json
@@ -423,7 +423,7 @@ def _write_kohya(folder: Path, lora: _Lora, component: str) -> None:
     from safetensors.torch import save_file
 
     named = convert_state_dict_to_kohya({f"{component}.{name}": tensor for name, tensor in lora.state.items()})
-    path = folder / "pytorch_lora_weights.safetensors"
+    path = folder / LORA_FILE
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, path, metadata={"format": "pt"})
 
 

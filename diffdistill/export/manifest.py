@@ -13,6 +13,7 @@ from diffdistill.files import write_json
 
 MANIFEST = "diffdistill.json"
 REFERENCE = "reference.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 SCHEMA_VERSION = 1
 
 Kind = Literal["merged", "peft", "lora", "kohya"]

@@ -116,7 +116,7 @@ class Export:
         self.folder = folder
         self.manifest: dict[str, Any] = json.loads((folder / "diffdistill.json").read_text())
         self.kind: str = self.manifest["kind"]
-        self.dtype = getattr(torch, self.manifest["dtype"])
+        self.dtype = getattr(torch, self.manifest.get("dtype", "float32"))
         self.component: str = self.manifest["component"]
         self.step_counts: list[int] = self.manifest["step_counts"]
         self.guidance: float = self.manifest["guidance"]
@@ -167,7 +167,7 @@ class Export:
 
     def set_steps(self, scheduler: Any, num_steps: int) -> None:
         """Set the scheduler's times as the pipeline does."""
-        if self.manifest["gives_sigmas"]:
+        if self.manifest.get("gives_sigmas"):
             scheduler.set_timesteps(sigmas=[1 - k / num_steps for k in range(num_steps)])
         else:
             scheduler.set_timesteps(num_steps)
@@ -560,7 +560,7 @@ class PromptedExport(Export):
 def open_export(folder: Path, base: str | None) -> Export:
     """Return the export as what its pipeline reads."""
     manifest = json.loads((folder / "diffdistill.json").read_text())
-    return (Export if manifest["prompts"] is None else PromptedExport)(folder, base)
+    return (Export if manifest.get("prompts") is None else PromptedExport)(folder, base)
 
 
 def check_folder(folder: Path, base: str | None) -> dict[str, Any]:

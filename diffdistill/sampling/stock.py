@@ -125,7 +125,9 @@ def unipc(training: Mapping[str, Any], spacing: str = "trailing") -> dict[str, A
 
 
 @torch.no_grad()
-def stock_states(denoiser: Denoiser, scheduler: Any, num_steps: int, noise: DrawsNoise, cond: Condition) -> list[Tensor]:
+def stock_states(
+    denoiser: Denoiser, scheduler: Any, num_steps: int, noise: DrawsNoise, cond: Condition, gives_sigmas: bool = False
+) -> list[Tensor]:
     """Run a stock scheduler on our denoiser and return its num_steps + 1 states, the last one the sample.
 
     Args:
@@ -134,9 +136,10 @@ def stock_states(denoiser: Denoiser, scheduler: Any, num_steps: int, noise: Draw
         num_steps: what `set_timesteps` gets. Schedulers of order 2 have more states.
         noise: the first draw is the start; stochastic schedulers go on with the same generators, as pipelines do.
         cond: condition with B rows.
+        gives_sigmas: whether the pipeline sets the times by even sigmas, as Flux's does.
     """
     first = noise.draw(denoiser.sample_shape)
-    scheduler.set_timesteps(num_steps, device=first.device)
+    set_steps(scheduler, num_steps, gives_sigmas, first.device)
     states = [first * getattr(scheduler, "init_noise_sigma", 1.0)]  # flow schedulers name none: it is 1
     accepts = inspect.signature(scheduler.step).parameters
     options = {"generator": _generators(noise)} if "generator" in accepts else {}
@@ -150,9 +153,11 @@ def stock_states(denoiser: Denoiser, scheduler: Any, num_steps: int, noise: Draw
     return states
 
 
-def stock_sample(denoiser: Denoiser, scheduler: Any, num_steps: int, noise: DrawsNoise, cond: Condition) -> Tensor:
+def stock_sample(
+    denoiser: Denoiser, scheduler: Any, num_steps: int, noise: DrawsNoise, cond: Condition, gives_sigmas: bool = False
+) -> Tensor:
     """Return the sample of a stock scheduler run on our denoiser, (B, *sample_shape); arguments as in `stock_states`."""
-    return stock_states(denoiser, scheduler, num_steps, noise, cond)[-1]
+    return stock_states(denoiser, scheduler, num_steps, noise, cond, gives_sigmas)[-1]
 
 
 def _generators(noise: DrawsNoise) -> torch.Generator | list[torch.Generator] | None:
@@ -403,12 +408,12 @@ def _explicit(class_name: str, **chosen: Any) -> dict[str, Any]:
     }
 
 
-def set_steps(scheduler: Any, num_steps: int, gives_sigmas: bool = False) -> None:
+def set_steps(scheduler: Any, num_steps: int, gives_sigmas: bool = False, device: torch.device | str | None = None) -> None:
     """Set a stock scheduler's times as the pipeline does: by their number, or by even sigmas that it then shifts."""
     if gives_sigmas:
-        scheduler.set_timesteps(sigmas=[1 - k / num_steps for k in range(num_steps)])
+        scheduler.set_timesteps(sigmas=[1 - k / num_steps for k in range(num_steps)], device=device)
     else:
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(num_steps, device=device)
 
 
 def _check_visits(config: Mapping[str, Any], sampler: Sampler, gives_sigmas: bool) -> None:

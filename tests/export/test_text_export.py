@@ -17,7 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import diffdistill as dd
 from diffdistill.errors import UserError
+from diffdistill.evaluation.images import to_uint8
 from diffdistill.export.card import snippet
 from diffdistill.export.export import export, plan
 from diffdistill.export.manifest import Manifest
@@ -27,6 +29,7 @@ from diffdistill.math import grids
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import Roles, build_roles
+from diffdistill.sampling.generate import image_generator
 from diffdistill.sampling.sampler import Sampler
 
 _spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
@@ -170,6 +173,27 @@ def test_the_lines_on_the_card_run(place, manifests, monkeypatch):
     done = subprocess.run([sys.executable, "-I", "-c", script], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "sample.png").exists()
+
+
+@pytest.mark.parametrize("name", ["sd-lora", "sd-kohya", "sd-merged", "sd-peft", "flux-lora"])
+def test_an_export_is_sampled_by_name_and_prompts(name, place, manifests):
+    """`dd.sample` on the folder makes the student's images, whatever form they are in."""
+    pipeline, rule = GOOD[name][:2]
+    teacher, roles = student(pipeline, place)
+    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), rule)
+    asked = ["a cat", "a dog"]
+    expected = image_generator(teacher, roles["student"], sampler)([5, 6], asked)
+    images = dd.sample(place / name, steps=4, num=2, seed=5, prompts=asked).images
+    assert int((images.int() - to_uint8(expected).int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "give prompts"), ({"labels": [1]}, "give prompts in place of labels")],
+)
+def test_sampling_text_to_image_needs_prompts(options, message, place, manifests):
+    with pytest.raises(UserError, match=message):
+        dd.sample(place / "sd-merged", num=1, **options)
 
 
 @pytest.mark.parametrize(
