@@ -227,7 +227,8 @@ def export(run: Path, /, *, output: Output, kind: str = "auto", steps: Numbers =
     Args:
         run: run folder.
         output: folder to write; must not exist.
-        kind: auto, peft (adapter only) or merged (a whole pipeline).
+        kind: auto, lora (a file for load_lora_weights), kohya (the same in other front ends' spelling), peft (an adapter folder)
+            or merged (a whole pipeline).
         steps: numbers of steps it is meant for; the one it is trained for when left out.
         checkpoint: the newest when left out.
     """

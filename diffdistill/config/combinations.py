@@ -39,7 +39,8 @@ def _batch_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _roles_problems(config: RunConfig) -> Iterator[Problem]:
     layout, lora = config.roles.layout, config.roles.lora
-    if layout == "shared" and lora is None:
+    own_adapters = any(stage.needs.guidance_adapters is not None for stage in config.stages)
+    if layout == "shared" and lora is None and not own_adapters:
         yield Problem(
             "roles.lora",
             "the shared layout keeps one frozen backbone and trains an adapter per role, so it "

@@ -23,6 +23,7 @@ from diffdistill.export.verify import verify as verify_export
 from diffdistill.files import atomic_folder, sha256, write_atomic, write_json
 from diffdistill.math.prediction import Prediction
 from diffdistill.models.condition import Condition
+from diffdistill.models.conditioning import quiet_dtype
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.extras import ExtraInputs, extra_inputs_of
 from diffdistill.models.guidance import guided
@@ -157,8 +158,8 @@ def export(
     student = _student(roles, role, planned)
     chosen = _kind(kind, roles, planned.pipeline_class)
     with atomic_folder(output) as folder:
-        base = resolve(teacher.path)
-        pipeline = _load_pipeline(planned.pipeline_class, base)
+        base, dtype = resolve(teacher.path), next(student.network.parameters()).dtype
+        pipeline = _load_pipeline(planned.pipeline_class, base, dtype)
         network = getattr(pipeline, teacher.family.component)
         record = _base(teacher.path, base, network)
         adapter = _write_weights(folder, chosen, pipeline, teacher, roles, role, planned, base)
@@ -180,7 +181,7 @@ def export(
             prompts=prompts,
             call=planned.call,
             gives_sigmas=planned.gives_sigmas,
-            dtype=str(next(student.network.parameters()).dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             adapter=adapter,
             method=method,
             metrics=dict(metrics or {}),
@@ -300,10 +301,11 @@ def _student(roles: StudentRoles, role: str, planned: Plan) -> NetworkDenoiser:
 # The network
 
 
-def _load_pipeline(name: str, base: str) -> Any:
+def _load_pipeline(name: str, base: str, dtype: torch.dtype) -> Any:
     import diffusers
 
-    return getattr(diffusers, name).from_pretrained(base)
+    with quiet_dtype():
+        return getattr(diffusers, name).from_pretrained(base, torch_dtype=dtype)
 
 
 def _base(name: str, path: str, network: nn.Module) -> Base:

@@ -32,6 +32,7 @@ import inspect
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ import diffusers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)  # the only name diffusers 0.35 knows
 
 NETWORK_TOLERANCE = 1e-4  # relative; merging a LoRA costs about 1e-6
 STEPPING_TOLERANCE = 1e-4  # relative
@@ -80,8 +83,8 @@ def gap(ours: Tensor, wanted: Tensor) -> float:
 
 
 def num_equal(in_file: dict[str, Tensor], loaded: dict[str, Tensor]) -> int:
-    """Return how many tensors of the file are in the network with the file's values."""
-    return sum(name in loaded and torch.equal(tensor, loaded[name].to(tensor.dtype)) for name, tensor in in_file.items())
+    """Return how many tensors of the file are in the network with the file's values, rounded to the network's dtype."""
+    return sum(name in loaded and torch.equal(tensor.to(loaded[name].dtype), loaded[name]) for name, tensor in in_file.items())
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:

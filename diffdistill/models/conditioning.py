@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -179,13 +181,22 @@ class PromptConditioner:
         left_out = {name: None for name, kind in components.items() if kind is None or not name.startswith(wanted)}
         network = {self.family.component: self._network}
         try:
-            pipeline = pipeline_class.from_pretrained(self._folder, **left_out | network, **self._options)
+            with quiet_dtype():
+                pipeline = pipeline_class.from_pretrained(self._folder, **left_out | network, **self._options)
         except Exception as error:  # the loaders raise many types; every one means that prompts cannot be encoded
             raise UserError(f"cannot load the text encoders of {self.path!r}: {error}") from error
         for name in (name for name in parts if name.startswith("text_encoder")):
             if getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).eval().requires_grad_(False)
         return pipeline.to(self.device)
+
+
+@contextlib.contextmanager
+def quiet_dtype() -> Iterator[None]:
+    """Keep diffusers from warning about `torch_dtype`, the only name of it that version 0.35 knows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+        yield
 
 
 def condition(conditioner: Conditioner, asked: Asked, batch_size: int | None = None) -> Condition:

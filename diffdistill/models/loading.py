@@ -18,7 +18,7 @@ from diffdistill.math.schedules import EDMSchedule
 from diffdistill.models import conditioning
 from diffdistill.models.codec import Codec
 from diffdistill.models.condition import Condition
-from diffdistill.models.conditioning import Asked, ClassConditioner, Conditioner, PromptConditioner
+from diffdistill.models.conditioning import Asked, ClassConditioner, Conditioner, PromptConditioner, quiet_dtype
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.network import Classes, EDMDenoiser, Family, NetworkDenoiser
@@ -143,7 +143,8 @@ def _load_part(folder: str, component: str, class_name: str, variant: str | None
     if variant is not None and not _lacks_variant(folder, component, variant):
         options["variant"] = variant
     try:
-        return getattr(diffusers, class_name).from_pretrained(folder, subfolder=component, **options)
+        with quiet_dtype():
+            return getattr(diffusers, class_name).from_pretrained(folder, subfolder=component, **options)
     except Exception as error:  # the loaders raise many types; every one means that this folder cannot be used
         raise UserError(f"cannot load {component} ({class_name}) of {folder!r}: {error}") from error
 

@@ -18,10 +18,12 @@ from torch import Tensor
 from diffdistill.errors import UserError
 from diffdistill.math import grids
 from diffdistill.math.schedules import RectifiedFlowSchedule, TrigFlowSchedule, VPSchedule, change_coordinates
+from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.families.flux import pack, position_ids, unpack
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.models.roles import build_roles
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.sampling.stock import build_scheduler, stock_states
@@ -171,6 +173,24 @@ def test_prompts_matter_and_null_is_the_stock_one(name: str) -> None:
             16,
             16,
         ]
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_half_precision_weights_take_float32_states_in_every_role(name: str) -> None:
+    """As a run has them: bf16 base, float32 states and adapters; the raw output is bf16, x0 float32, the adapter gets a gradient."""
+    loaded = load_teacher(folder(name), torch.bfloat16, size=SIZES.get(name, SIZE))
+    roles = build_roles(loaded.denoiser, ("student",), "shared", LoraSpec(rank=2, targets="all"))
+    roles.train_only(("student",))
+    x, t = Noise(SEEDS).draw(loaded.denoiser.sample_shape), torch.full((2,), 0.6, dtype=torch.float64)
+    t, cond = t * loaded.denoiser.schedule.t_max, loaded.condition(PROMPTS)
+    for role in (roles.teacher, roles["student"]):
+        prediction = role(x, t, cond)
+        assert prediction.raw.dtype == torch.bfloat16 and prediction.x0.dtype == torch.float32
+        assert prediction.x0.isfinite().all()
+    prediction.x0.square().mean().backward()
+    assert any(p.grad is not None and p.dtype == torch.float32 and p.grad.any() for p in roles.parameters("student"))
+    plain = teacher(name).denoiser(x, t, cond).x0
+    assert float((prediction.x0 - plain).detach().abs().max() / plain.abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "sana"])

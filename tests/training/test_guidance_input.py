@@ -8,6 +8,7 @@ from tiny_runs import final_hashes, run_config, save_teacher
 
 from diffdistill.errors import UserError
 from diffdistill.models.extras import extra_inputs_of
+from diffdistill.models.loading import load_teacher
 from diffdistill.sampling.noise import Noise
 from diffdistill.training.engine import Engine
 from diffdistill.training.loading import load_run
@@ -74,16 +75,22 @@ AGD = {
 }
 
 
-def test_adapters_learn_from_stored_trajectories_and_leave_the_network_as_it_was(teacher, tmp_path):
+@pytest.mark.parametrize("layout", ["copies", "shared"])
+def test_adapters_learn_from_stored_trajectories_and_leave_the_network_as_it_was(teacher, tmp_path, layout):
     stages = [{"steps": 6, "method": AGD, "optimizers": {"student": {"lr": 1e-2}}}]
-    config = run_config(teacher, tmp_path / "run", stages=stages, data={"kind": "labels"}, exportable=False)
+    config = run_config(
+        teacher, tmp_path / "run", stages=stages, data={"kind": "labels"}, exportable=False, roles={"layout": layout}
+    )
     train(config, progress=False)
     assert (tmp_path / "run" / "trajectories.safetensors").exists()
     run = load_run(tmp_path / "run")
     cond, sampler = run.teacher.condition(torch.tensor([0, 1]), 2), run.sampler(4)
     assert (sampler.nfe, sampler.guidance_as_input) == (4, True)
-    base, student = dict(run.teacher.network.state_dict()), run.roles["student"].network.state_dict()
+    base, student = load_teacher(teacher).network.state_dict(), run.roles["student"].network.state_dict()
     assert all(torch.equal(base[name], student[name]) for name in base)
+    x, t = Noise([1, 2]).draw((1, 8, 8)), torch.full((2,), 500.0, dtype=torch.float64)
+    told = cond.with_values(guidance=torch.full((2,), 3.0, dtype=torch.float64))
+    assert torch.equal(run.roles.teacher(x, t, told).raw, load_teacher(teacher).denoiser(x, t, cond).raw)
     few = sampler.sample(run.roles["student"], Noise([1, 2]), cond)
     other = replace(sampler, guidance=1.0).sample(run.roles["student"], Noise([1, 2]), cond)
     assert few.isfinite().all() and not torch.equal(few, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdistill.config import parse_config
+from diffdistill.config import load_config, parse_config
 from diffdistill.errors import UserError
 from diffdistill.export.export import export
 from diffdistill.models.conditioning import PromptConditioner
@@ -80,6 +81,24 @@ def test_captioned_images_train_lcm_lora_and_the_run_repeats_itself(place):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert any(bool(tensor.any()) for key, tensor in states[0].items() if "lora_B" in key)
     assert load_run(place / "lcm").sampler(4).rule == "renoise"
+
+
+def test_a_half_precision_base_trains_and_leaves_as_a_verified_lora(place):
+    run = config(place, "bf16", DMD2, teacher_options={"size": 16, "dtype": "bf16"})
+    train(run, progress=False)
+    loaded = load_run(place / "bf16")
+    manifest = export(loaded.teacher, loaded.roles, loaded.sampler(2), place / "bf16-lora")
+    assert manifest.dtype == "bfloat16" and manifest.verification is not None and manifest.verification.passed
+
+
+def test_the_readme_s_run_from_prompts_trains_as_it_stands(place, monkeypatch):
+    """The YAML of the README, with a small pipeline in the teacher's place, in bf16 as it says."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (place / "run.yaml").write_text(re.search(r"```yaml\n(teacher:.*?)```", readme, re.DOTALL).group(1))
+    monkeypatch.chdir(place)  # where prompts.txt is
+    smaller = ["teacher_options.size=16", "stages.0.steps=2", "batch_size=4", f"data.cache={place / 'cache'}", "samples.num=2"]
+    result = train(load_config("run.yaml", [f"teacher={place / 'sd'}", *smaller]), progress=False)
+    assert result.step == 2 and (place / "runs" / "few" / "samples").is_dir()
 
 
 def test_text_is_encoded_once_and_the_encoders_leave(place, monkeypatch):
