@@ -5,8 +5,9 @@ those of their modules, too: `from diffdistill.export import export` gives the f
 """
 
 from diffdistill.export.card import snippet
-from diffdistill.export.export import Plan, export, plan
+from diffdistill.export.export import export
 from diffdistill.export.manifest import Manifest, Verification
+from diffdistill.export.plan import Plan, plan
 from diffdistill.export.verify import VerificationError, verify, verify_all
 
 __all__ = ["Manifest", "Plan", "Verification", "VerificationError", "export", "plan", "snippet", "verify", "verify_all"]

@@ -36,6 +36,13 @@ class Codec:
         blocks = getattr(self.vae.config, "encoder_block_out_channels", None) or self.vae.config.block_out_channels
         return 2 ** (len(blocks) - 1)
 
+    def image_shape(self, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return (C, H, W) of the images of states (C, H, W)."""
+        channels, height, width = sample_shape
+        if self.vae is not None:
+            channels = self.vae.config.in_channels
+        return channels, height * self.downscale, width * self.downscale
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the autoencoder's weights; empty for a pixel model."""

@@ -72,9 +72,7 @@ class Teacher:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the decoded images."""
-        state = torch.zeros(1, *self.denoiser.sample_shape, device=self.device)
-        channels, height, width = self.codec.decode(state).shape[1:]
-        return channels, height, width
+        return self.codec.image_shape(self.denoiser.sample_shape)
 
     def condition(self, asked: Asked, batch_size: int | None = None) -> Condition:
         """Return the condition of class labels (B,) int64, of B prompts, or of none for `batch_size` unconditional samples.
@@ -207,9 +205,8 @@ def load_teacher(
     guidance, steps = _usual_sampling(index["_class_name"])
     conditioner: Conditioner = ClassConditioner(family.classes(network, notes.get("num_classes")), str(path), device)
     if family.reads_text:
-        image_size = (shape[1] * codec.downscale, shape[2] * codec.downscale)
         options = {"torch_dtype": dtype} | ({} if variant is None else {"variant": variant})
-        constants = family.constants(network, image_size)
+        constants = family.constants(network, codec.image_shape(shape)[1:])
         conditioner = PromptConditioner(
             index["_class_name"], folder, index, family, network, constants, str(path), device, options
         )

@@ -99,9 +99,10 @@ class Family(ABC):
 Values = dict[str, Tensor]
 
 
-def _dtype(network: nn.Module) -> torch.dtype:
-    """Return the dtype of a network's weights: adapters, which come after their layer's own weight, may be wider."""
-    return next(network.parameters()).dtype
+def _like_weights(network: nn.Module, x: Tensor) -> Tensor:
+    """Return x in the dtype of a network's weights: of the first, since adapters, which come later, may be wider."""
+    first = next(network.parameters(), x)
+    return x.to(first.dtype)
 
 
 RoleContext = Callable[[], AbstractContextManager[Any]]
@@ -131,7 +132,7 @@ class NetworkDenoiser(Denoiser):
         """Return the prediction at x_t, (B, C, H, W), at times t (B,); raw output in the network's dtype."""
         alpha, sigma = self.schedule.coefficients(t)
         with self.role(), feeding(self.network, cond):
-            raw = self.family.forward(self.network, x_t.to(_dtype(self.network)), self._network_time(t), cond)
+            raw = self.family.forward(self.network, _like_weights(self.network, x_t), self._network_time(t), cond)
         return Prediction(self.kind, raw, x_t, alpha, sigma)
 
     def _network_time(self, t: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class EDMDenoiser(Denoiser):
         alpha, sigma = self.schedule.coefficients(t)
         c = edm_preconditioning(sigma, self.sigma_data)
         with self.role(), feeding(self.network, cond):
-            f_x = self.family.forward(self.network, (expand(c.c_in, x_t) * x_t).to(_dtype(self.network)), c.c_noise, cond)
+            f_x = self.family.forward(self.network, _like_weights(self.network, expand(c.c_in, x_t) * x_t), c.c_noise, cond)
         x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.float32)
         return Prediction("sample", x0, x_t, alpha, sigma)
 

@@ -15,7 +15,7 @@ import torch
 from diffdistill.config import RunConfig, StageConfig
 from diffdistill.data.trajectories import Trajectories
 from diffdistill.errors import UserError
-from diffdistill.export.export import plan
+from diffdistill.export.plan import plan
 from diffdistill.training import checkpoint
 from diffdistill.training.building import (
     build_accelerator,

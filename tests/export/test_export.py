@@ -416,7 +416,7 @@ def test_a_full_disk_leaves_the_old_export(place, manifests, unet, monkeypatch):
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["diffdistill.export.export"], "_write_reference", full)
+    monkeypatch.setattr(sys.modules["diffdistill.export.export"], "write_reference", full)
     with pytest.raises(MachineError, match="no space left"):
         export(teacher, distorted(teacher, None), trailing(teacher, "ddim", 1), output, verify=False)
     assert Manifest.read(output) == before

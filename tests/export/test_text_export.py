@@ -21,8 +21,9 @@ import diffdistill as dd
 from diffdistill.errors import UserError
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.export.card import snippet
-from diffdistill.export.export import export, plan
+from diffdistill.export.export import export
 from diffdistill.export.manifest import Manifest
+from diffdistill.export.plan import plan
 from diffdistill.export.verify import verify_all
 from diffdistill.files import sha256
 from diffdistill.math import grids

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
+from diffdistill.models.families.common import ATTENTION, FEED_FORWARD, numbered
 from diffdistill.models.network import Classes, Family
 
 
@@ -22,14 +23,10 @@ class DiT(Family):
     name = "dit"
     component = "transformer"
     lora_targets = {
-        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "attention": ATTENTION,
         "all": (
-            "to_q",
-            "to_k",
-            "to_v",
-            "to_out.0",
-            "ff.net.0.proj",
-            "ff.net.2",
+            *ATTENTION,
+            *FEED_FORWARD,
             "norm1.linear",
             "linear_1",
             "linear_2",
@@ -53,8 +50,7 @@ class DiT(Family):
 
     def taps(self, network: Any) -> dict[str, nn.Module]:
         """Return the blocks, the middle one also under "mid"."""
-        blocks = list(network.transformer_blocks)
-        return {"mid": blocks[len(blocks) // 2]} | {f"block.{i}": block for i, block in enumerate(blocks)}
+        return numbered(network.transformer_blocks)
 
     def classes(self, network: Any, declared: int | None) -> Classes:
         """Return the classes; the null label is the row after the last class."""

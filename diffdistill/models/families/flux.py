@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
+from diffdistill.models.families.common import ATTENTION, FEED_FORWARD, TEXT_ATTENTION, TEXT_FEED_FORWARD
 from diffdistill.models.network import Family, Values
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+_FEED_FORWARD = (*FEED_FORWARD, *TEXT_FEED_FORWARD, "proj_mlp", "proj_out")  # the latter two of the single blocks
 EMBEDDED_GUIDANCE = 3.5  # FluxPipeline's own
 LATENT_SIZE = 128  # edge of the latents of FluxPipeline's default image; the network itself names no size
 
@@ -50,11 +49,11 @@ class Flux(Family):
     component = "transformer"
     reads_text = True
     lora_targets = {
-        "attention": (*_ATTENTION, *_TEXT_ATTENTION),
-        "attention+ff": (*_ATTENTION, *_TEXT_ATTENTION, *_FEED_FORWARD),
+        "attention": (*ATTENTION, *TEXT_ATTENTION),
+        "attention+ff": (*ATTENTION, *TEXT_ATTENTION, *_FEED_FORWARD),
         "all": (
-            *_ATTENTION,
-            *_TEXT_ATTENTION,
+            *ATTENTION,
+            *TEXT_ATTENTION,
             *_FEED_FORWARD,
             "norm.linear",
             "norm1.linear",

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
+from diffdistill.models.families.common import ATTENTION, FEED_FORWARD, numbered
 from diffdistill.models.network import Family, Values
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
 
 class PixArt(Family):
@@ -21,9 +19,9 @@ class PixArt(Family):
     component = "transformer"
     reads_text = True
     lora_targets = {
-        "attention": _ATTENTION,
-        "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
-        "all": (*_ATTENTION, *_FEED_FORWARD, "adaln_single.linear", "linear_1", "linear_2", "proj_out", "pos_embed.proj"),
+        "attention": ATTENTION,
+        "attention+ff": (*ATTENTION, *FEED_FORWARD),
+        "all": (*ATTENTION, *FEED_FORWARD, "adaln_single.linear", "linear_1", "linear_2", "proj_out", "pos_embed.proj"),
     }
 
     def forward(self, network: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -58,5 +56,4 @@ class PixArt(Family):
 
     def taps(self, network: Any) -> dict[str, nn.Module]:
         """Return the blocks, the middle one also under "mid"."""
-        blocks = list(network.transformer_blocks)
-        return {"mid": blocks[len(blocks) // 2]} | {f"block.{i}": block for i, block in enumerate(blocks)}
+        return numbered(network.transformer_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule
 from diffdistill.models.condition import Condition
+from diffdistill.models.families.common import ATTENTION, numbered
 from diffdistill.models.network import Family, Values
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.conv_inverted", "ff.conv_point")
 EMBEDDED_GUIDANCE = 4.5  # SanaSprintPipeline's own
 
@@ -28,9 +29,9 @@ class Sana(Family):
     component = "transformer"
     reads_text = True
     lora_targets = {
-        "attention": _ATTENTION,
-        "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
-        "all": (*_ATTENTION, *_FEED_FORWARD, "linear_1", "linear_2", "time_embed.linear", "proj_out", "patch_embed.proj"),
+        "attention": ATTENTION,
+        "attention+ff": (*ATTENTION, *_FEED_FORWARD),
+        "all": (*ATTENTION, *_FEED_FORWARD, "linear_1", "linear_2", "time_embed.linear", "proj_out", "patch_embed.proj"),
     }
 
     def forward(self, network: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -77,8 +78,7 @@ class Sana(Family):
 
     def taps(self, network: Any) -> dict[str, nn.Module]:
         """Return the blocks, the middle one also under "mid"."""
-        blocks = list(network.transformer_blocks)
-        return {"mid": blocks[len(blocks) // 2]} | {f"block.{i}": block for i, block in enumerate(blocks)}
+        return numbered(network.transformer_blocks)
 
 
 _NAMES = ("encoder_hidden_states", "encoder_attention_mask")
@@ -86,6 +86,4 @@ _NAMES = ("encoder_hidden_states", "encoder_attention_mask")
 
 def _instruction(pipeline: Any) -> list[str] | None:
     """Return the instruction that the pipeline puts before every prompt unless it is told another."""
-    import inspect
-
     return inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default

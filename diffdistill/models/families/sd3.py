@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
+from diffdistill.models.families.common import ATTENTION, FEED_FORWARD, TEXT_ATTENTION, TEXT_FEED_FORWARD, numbered
 from diffdistill.models.network import Family, Values
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+_FEED_FORWARD = (*FEED_FORWARD, *TEXT_FEED_FORWARD)
 
 
 class SD3(Family):
@@ -21,11 +20,11 @@ class SD3(Family):
     component = "transformer"
     reads_text = True
     lora_targets = {
-        "attention": (*_ATTENTION, *_TEXT_ATTENTION),
-        "attention+ff": (*_ATTENTION, *_TEXT_ATTENTION, *_FEED_FORWARD),
+        "attention": (*ATTENTION, *TEXT_ATTENTION),
+        "attention+ff": (*ATTENTION, *TEXT_ATTENTION, *_FEED_FORWARD),
         "all": (
-            *_ATTENTION,
-            *_TEXT_ATTENTION,
+            *ATTENTION,
+            *TEXT_ATTENTION,
             *_FEED_FORWARD,
             "norm1.linear",
             "norm1_context.linear",
@@ -59,8 +58,7 @@ class SD3(Family):
 
     def taps(self, network: Any) -> dict[str, nn.Module]:
         """Return the blocks' norms of the image tokens' feed-forward input, the middle one also under "mid"."""
-        blocks = list(network.transformer_blocks)
-        return {"mid": blocks[len(blocks) // 2].norm2} | {f"block.{i}": block.norm2 for i, block in enumerate(blocks)}
+        return numbered([block.norm2 for block in network.transformer_blocks])
 
     def num_tokens(self, network: Any, sample_shape: tuple[int, int, int]) -> int:
         """Return the number of patches."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
+from diffdistill.models.families.common import ATTENTION
 from diffdistill.models.network import Classes, Family
 
 
@@ -20,12 +21,9 @@ class UNet2D(Family):
     name = "unet2d"
     component = "unet"
     lora_targets = {
-        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "attention": ATTENTION,
         "all": (
-            "to_q",
-            "to_k",
-            "to_v",
-            "to_out.0",
+            *ATTENTION,
             "conv1",
             "conv2",
             "conv_shortcut",

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
+from diffdistill.models.families.common import ATTENTION, FEED_FORWARD
 from diffdistill.models.network import Family, Values
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
 
 class UNet2DCondition(Family):
@@ -25,11 +23,11 @@ class UNet2DCondition(Family):
     component = "unet"
     reads_text = True
     lora_targets = {
-        "attention": _ATTENTION,
-        "attention+ff": (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out"),
+        "attention": ATTENTION,
+        "attention+ff": (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out"),
         "all": (
-            *_ATTENTION,
-            *_FEED_FORWARD,
+            *ATTENTION,
+            *FEED_FORWARD,
             "proj_in",
             "proj_out",
             "conv1",

@@ -1,0 +1,71 @@
+"""The student's own numbers, which stock diffusers is asked to reproduce."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.export.card import NUM_REFERENCES, reference_labels
+from diffdistill.math.prediction import Prediction
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.guidance import guided
+from diffdistill.models.loading import Teacher
+from diffdistill.models.network import NetworkDenoiser
+from diffdistill.sampling.noise import Noise
+from diffdistill.sampling.sampler import Sampler
+
+
+class _Recorder(Denoiser):
+    """A denoiser that keeps what it said."""
+
+    def __init__(self, inner: Denoiser, dtype: torch.dtype) -> None:
+        self.inner, self.dtype, self.raw = inner, dtype, []
+        self.schedule, self.sample_shape = inner.schedule, inner.sample_shape
+
+    raw: list[Tensor]
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        said = self.inner(x_t.to(self.dtype), t, cond)
+        self.raw.append(said.raw.float())
+        return Prediction(said.kind, said.raw.float(), x_t, said.alpha, said.sigma)
+
+
+@torch.no_grad()
+def write_reference(
+    path: Path, teacher: Teacher, student: NetworkDenoiser, samplers: Mapping[int, Sampler], prompts: Sequence[str] | None
+) -> None:
+    """Write states (N, B, ...), raw outputs (N, B, ...) and samples (B, ...) of our own sampler, for every step count."""
+    from safetensors.torch import save_file
+
+    seeds, labels = list(range(NUM_REFERENCES)), reference_labels(teacher.num_classes)
+    asked = prompts if prompts is not None else None if labels is None else torch.tensor(labels)
+    cond = teacher.condition(asked, len(seeds)).to("cpu")
+    tensors = {"seeds": torch.tensor(seeds)} | ({} if labels is None else {"labels": torch.tensor(labels)})
+    with _on_cpu(student.network):
+        dtype = next(student.network.parameters()).dtype
+        for count, sampler in samplers.items():
+            recorder = _Recorder(guided(student, sampler.guidance), dtype)
+            states, final = replace(sampler, guidance=1.0).trajectory(recorder, Noise(seeds), cond)
+            tensors |= {
+                f"{count}.states": torch.stack([state.x_t for state in states]),
+                f"{count}.raw": torch.stack(recorder.raw),
+                f"{count}.final": final,
+            }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+@contextlib.contextmanager
+def _on_cpu(network: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode on the CPU, where the check will run it: a GPU's matrix units round differently."""
+    device, training = next(network.parameters()).device, network.training
+    network.to("cpu").eval()
+    try:
+        yield
+    finally:
+        network.to(device).train(training)
