@@ -40,6 +40,11 @@ TARGETS = {
     "distillers/dmd2.py": ["tests/distillers"],
     "distillers/dmd.py": ["tests/distillers"],
     "distillers/matching.py": ["tests/distillers"],
+    "distillers/states.py": ["tests/distillers"],
+    "distillers/lcm.py": ["tests/distillers"],
+    "distillers/guided.py": ["tests/distillers"],
+    "distillers/vsd.py": ["tests/distillers"],
+    "distillers/agd.py": ["tests/distillers"],
 }
 SWAPS = {
     "alpha": "sigma",
