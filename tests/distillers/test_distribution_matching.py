@@ -170,6 +170,7 @@ def test_needs_follow_the_settings():
     assert DMD2.needs(DMD2Config()).data == "labels" and not DMD2.needs(DMD2Config()).head
     assert DMD2.needs(DMD2Config(gan={})).data == "images" and DMD2.needs(DMD2Config(gan={})).head
     assert DMD2.needs(DMD2Config(initial="data")).data == "images"
+    assert DMDConfig().fixed_steps == 1
     assert DMD.needs(DMDConfig()).pairs and not DMD.needs(DMDConfig(regression=None)).pairs
 
 

@@ -345,6 +345,12 @@ def test_a_flow_has_no_timesteps_and_is_refused_with_a_way_out():
         method(teacher, teacher)
 
 
+def test_only_the_student_is_trained_at_every_step():
+    teacher = GaussianTeacher(NULL, VARIANCE, vp())
+    turns = LCM(LCMConfig(), teacher, {}, 10).turns
+    assert all([(turn.name, turn.trains) for turn in turns(step)] == [("student", ("student",))] for step in range(3))
+
+
 def test_the_huber_constant_is_a_thousandth_unless_set():
     teacher = oracle()
     data = batch(teacher, 8)

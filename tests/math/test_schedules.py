@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -239,6 +240,24 @@ def test_schedules_are_read_from_every_kind_of_scheduler() -> None:
         schedule_from_diffusers(diffusers.schedulers.ScoreSdeVpScheduler())
     with pytest.raises(ValueError, match="zero terminal SNR"):
         schedule_from_diffusers(diffusers.DDIMScheduler(rescale_betas_zero_snr=True))
+
+
+def test_a_flow_whose_scheduler_names_no_shift_has_none() -> None:
+    config = SimpleNamespace(prediction_type="flow_prediction", shift=None)
+    assert schedule_from_diffusers(SimpleNamespace(config=config)).shift == 1.0
+
+
+@pytest.mark.parametrize(("kind", "shift"), [("exponential", math.exp(0.825)), ("linear", 0.825)])
+def test_a_dynamic_shift_grows_with_the_tokens_by_the_schedulers_law(kind: str, shift: float) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        time_shift_type=kind,
+    )
+    assert schedule_from_diffusers(scheduler, num_tokens=(256 + 4096) // 2).shift == pytest.approx(shift, rel=1e-12)
 
 
 # Change of coordinates ------------------------------------------------------------------------------------------------
