@@ -13,9 +13,11 @@ from torch import nn
 from diffdistill.data.batches import ImageSource
 from diffdistill.data.digits import digits
 from diffdistill.data.images import load_image_folder
+from diffdistill.data.shapes import SIDE, shapes
 from diffdistill.errors import UserError
 from diffdistill.training.teachers.fit import FitConfig
 
+NUM_SHAPES = 20_000  # images drawn to train on
 RECORD = "diffdistill_teacher.json"  # how the weights beside it were made
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -26,7 +28,8 @@ class ImagesConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        "digits", description="'digits' for the embedded data set, else a folder of images, one subfolder per class"
+        "digits",
+        description="'digits' or 'shapes' for an embedded data set, else a folder of images, one subfolder per class",
     )
     size: int = Field(8, gt=0, description="edge of the images in pixels; a folder's images are cropped and resized")
     channels: Literal[1, 3] = Field(1, description="1 for grey, 3 for RGB")
@@ -71,6 +74,12 @@ def load_images(config: ImagesConfig) -> ImageSource:
                 f"the digits are 8x8 with 1 channel; got images.size={config.size}, images.channels={config.channels}."
             )
         return ImageSource(*digits())
+    if config.source == "shapes":
+        if (config.size, config.channels) != (SIDE, 3):
+            raise UserError(
+                f"the shapes are {SIDE}x{SIDE} with 3 channels; got images.size={config.size}, images.channels={config.channels}."
+            )
+        return ImageSource(shapes(NUM_SHAPES).images)
     folder = load_image_folder(config.source, config.size, config.channels)
     return ImageSource(folder.images, folder.labels)
 
