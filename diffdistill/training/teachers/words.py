@@ -1,0 +1,42 @@
+"""A CLIP tokenizer for a small vocabulary: every word of the given texts is one token, other words are spelled by pieces of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+def clip_tokenizer(texts: Iterable[str], length: int) -> Any:
+    """Return a transformers CLIPTokenizer learned from the words of `texts` by byte-pair encoding, until each is one token.
+
+    The end token has the highest number, as open_clip's and transformers' text towers expect of it.
+
+    Args:
+        texts: lower-case texts; how often a word occurs makes no difference.
+        length: tokens a text is padded or cut to, start and end included.
+    """
+    import transformers
+    from tokenizers import Tokenizer, models, trainers
+
+    learned = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    alphabet = [*LETTERS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix=WORD_END, show_progress=False
+    )
+    words = sorted({word for text in texts for word in text.split()})
+    learned.train_from_iterator(words, trainer)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
+    pieces = [*LETTERS, *(letter + WORD_END for letter in LETTERS), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = {token: k for k, token in enumerate([*dict.fromkeys(pieces), START, END])}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+        return transformers.CLIPTokenizer(
+            str(Path(folder) / "vocab.json"), str(Path(folder) / "merges.txt"), model_max_length=length, pad_token=END
+        )
