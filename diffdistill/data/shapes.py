@@ -86,7 +86,9 @@ def _parse(caption: str) -> tuple[list[int], list[int], list[int], int]:
         if any(article != "a" for *_, article in things) or len(things) != 1 + (relation >= 0):
             raise ValueError
     except ValueError:
-        raise ValueError(f"{caption!r} is no caption of the shapes, such as 'a small red circle above a large blue square'.") from None
+        raise ValueError(
+            f"{caption!r} is no caption of the shapes, such as 'a small red circle above a large blue square'."
+        ) from None
     colour, shape, size, _ = (list(field) for field in zip(*(things * 2)[:2], strict=True))
     return colour, shape, size, relation
 

@@ -64,7 +64,9 @@ def look(images: Tensor) -> Seen:
     radius = (area / torch.pi).sqrt()
     shapes = torch.arange(len(SHAPES), device=mask.device)
     drawn = coverage(
-        shapes.expand(*area.shape, -1), radius[..., None].expand(-1, -1, len(SHAPES)), centre[..., None, :].expand(-1, -1, 3, -1)
+        shapes.expand(*area.shape, -1),
+        radius[..., None].expand(-1, -1, len(SHAPES)),
+        centre[..., None, :].expand(-1, -1, 3, -1),
     )  # (N, 6, 3, 32, 32)
     both = torch.minimum(drawn, mask.unsqueeze(2)).sum((-2, -1))
     overlap = both / torch.maximum(drawn, mask.unsqueeze(2)).sum((-2, -1)).clamp(min=1e-6)

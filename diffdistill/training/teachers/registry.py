@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from diffdistill.mistakes import checked
-from diffdistill.training.teachers import autoencoder, classifier, diffusion, text_diffusion
+from diffdistill.training.teachers import autoencoder, classifier, clip, diffusion, text_diffusion
 from diffdistill.training.teachers.parts import Kind
 from diffdistill.yaml_files import read_yaml
 
@@ -19,6 +19,7 @@ KINDS: dict[str, Kind] = {
     "diffusion": Kind(diffusion.DiffusionConfig, diffusion.train),
     "autoencoder": Kind(autoencoder.AutoencoderConfig, autoencoder.train),
     "text_diffusion": Kind(text_diffusion.TextDiffusionConfig, text_diffusion.train),
+    "clip": Kind(clip.ClipConfig, clip.train),
     "classifier": Kind(classifier.ClassifierConfig, classifier.train),
 }
 

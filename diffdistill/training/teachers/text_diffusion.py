@@ -197,9 +197,7 @@ def _averaged(model: _Model, ema: Any) -> _Model:
 def _judge(model: _Model, guidance: float, seed: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Return the share of captions obeyed in 25 DDIM steps without and with guidance; a tenth of the pairs was never trained on."""
     scenes = draw_scenes(NUM_JUDGED, keyed_generator(seed, "judged captions"))
-    return {
-        f"guidance {scale:g}": shares(_samples(model, scenes, scale, device), scenes) for scale in sorted({1.0, guidance})
-    }
+    return {f"guidance {scale:g}": shares(_samples(model, scenes, scale, device), scenes) for scale in sorted({1.0, guidance})}
 
 
 def shares(images: Tensor, scenes: Scenes) -> dict[str, float]:
