@@ -75,7 +75,18 @@ class CaptionsData(_Frozen):
     cache: Path = Field(CACHE, description="folder of encoded images and captions")
 
 
-Data = Annotated[DigitsData | FolderData | LabelsData | PromptsData | CaptionsData, Field(discriminator="kind")]
+class ShapesData(_Frozen):
+    """The embedded shapes: drawn images of 32x32 pixels with captions, both encoded once; methods that need no images use captions."""
+
+    kind: Literal["shapes"] = Field(description="shapes")
+    num: int = Field(20_000, gt=0, description="images drawn")
+    cache: Path = Field(CACHE, description="folder of encoded images and captions")
+
+
+TextData = PromptsData | CaptionsData | ShapesData
+"""What a teacher that reads text learns from."""
+
+Data = Annotated[DigitsData | FolderData | LabelsData | TextData, Field(discriminator="kind")]
 
 
 class TeacherOptions(_Frozen):

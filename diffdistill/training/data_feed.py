@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffdistill.config import CaptionsData, PromptsData, RunConfig
+from diffdistill.config import RunConfig, TextData
 from diffdistill.data.batches import (
     DataSource,
     ImageSource,
@@ -131,7 +131,7 @@ def build_source(config: RunConfig, teacher: Teacher, processes: Processes = ALO
     Raises:
         UserError: images, classes or texts that are not what the teacher takes.
     """
-    if isinstance(config.data, PromptsData | CaptionsData):
+    if isinstance(config.data, TextData):
         return text_source(config.data, teacher, processes)
     if teacher.family.reads_text:
         raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffdistill.config import CaptionsData, PromptsData, RunConfig
+from diffdistill.config import RunConfig, TextData
 from diffdistill.data.batches import derive_seed, keyed_generator
 from diffdistill.distillers.base import Distiller
 from diffdistill.evaluation.images import to_uint8
@@ -118,7 +118,7 @@ def _finite(images: Tensor) -> Tensor:
 
 def asked_in_samples(config: RunConfig, teacher: Teacher, num: int) -> Asked:
     """Return what `num` sample images are asked for: the first prompts of the data over and over, the classes in turn, or nothing."""
-    if not isinstance(config.data, PromptsData | CaptionsData):
+    if not isinstance(config.data, TextData):
         return teacher.examples(num)
     return list(itertools.islice(itertools.cycle(texts(config.data)), num))
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffdistill.config import CaptionsData, PromptsData
+from diffdistill.config import CaptionsData, PromptsData, ShapesData, TextData
 from diffdistill.data.cache import READABLE, X0, CachedSource, TensorCache, content_key
 from diffdistill.data.captioned import ImageReader, fingerprint, load_captioned
 from diffdistill.data.prompts import read_prompts
+from diffdistill.data.shapes import SIDE, shapes
 from diffdistill.errors import UserError
 from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.loading import Teacher
@@ -30,14 +31,16 @@ class Processes(NamedTuple):
 ALONE = Processes()
 
 
-def texts(data: PromptsData | CaptionsData) -> list[str]:
+def texts(data: TextData) -> list[str]:
     """Return the prompts or captions of a data set, in its order."""
     if isinstance(data, PromptsData):
         return read_prompts(data.path, data.column)
+    if isinstance(data, ShapesData):
+        return shapes(data.num).scenes.captions()
     return [record.caption for record in load_captioned(data.path, data.column)]
 
 
-def text_source(data: PromptsData | CaptionsData, teacher: Teacher, processes: Processes = ALONE) -> CachedSource:
+def text_source(data: TextData, teacher: Teacher, processes: Processes = ALONE) -> CachedSource:
     """Return the rows of a data set as the teacher's network takes them, after whatever was missing has been encoded.
 
     The text encoders are released; the null value stays.
@@ -49,6 +52,8 @@ def text_source(data: PromptsData | CaptionsData, teacher: Teacher, processes: P
     reader = None
     if isinstance(data, PromptsData):
         cache, compute = _prompts(data, conditioner)
+    elif isinstance(data, ShapesData):
+        cache, compute = _shapes(data, teacher, conditioner)
     else:
         reader = ImageReader(load_captioned(data.path, data.column), teacher.image_shape[0])
         cache, compute = _captions(data, reader, teacher, conditioner)
@@ -103,6 +108,26 @@ def _captions(data: CaptionsData, reader: ImageReader, teacher: Teacher, conditi
         return images | conditioner.values([records[row].caption for row in rows])
 
     return _Filling(TensorCache(data.cache, key, len(records)), compute)
+
+
+def _shapes(data: ShapesData, teacher: Teacher, conditioner: PromptConditioner) -> _Filling:
+    if teacher.image_shape != (3, SIDE, SIDE):
+        raise UserError(f"the shapes are {SIDE}x{SIDE} with 3 channels; {teacher.path} makes images of {teacher.image_shape}.")
+    drawn = shapes(data.num)
+    captions = drawn.scenes.captions()
+    key = content_key(
+        kind="shapes",
+        encoders=conditioner.fingerprint,
+        autoencoder=teacher.codec.fingerprint,
+        captions=captions,
+        constants=_plain(conditioner),
+    )
+
+    def compute(rows: list[int]) -> dict[str, Tensor]:
+        readable = torch.ones(len(rows), dtype=torch.bool)
+        return _encoded(teacher, drawn.images[rows], readable) | conditioner.values(_pick(captions, rows))
+
+    return _Filling(TensorCache(data.cache, key, len(captions)), compute)
 
 
 def _encoded(teacher: Teacher, images: Tensor, readable: Tensor) -> dict[str, Tensor]:
