@@ -15,13 +15,13 @@ from diffdistill.config.settings import (
     Method,
     PairsConfig,
     PromptsData,
-    ShapesData,
-    TextData,
     RolesConfig,
     RunConfig,
     SamplesConfig,
+    ShapesData,
     StageConfig,
     TeacherOptions,
+    TextData,
     ValidationConfig,
 )
 
