@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from diffdistill.data.shapes import parse_captions
 from diffdistill.evaluation.features import FeatureExtractor, Features
 from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
 from diffdistill.evaluation.metrics import Sample
 from diffdistill.evaluation.moments import Moments
+from diffdistill.evaluation.shapes_detector import obeyed
 
 IMAGES_PER_BLOCK = 500
 
@@ -28,15 +32,24 @@ class Collector:
         self.features: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.pixels: list[Tensor] = []
+        self.texts: list[Tensor] = []
+        self.obeyed: list[Tensor] = []
         self.count = 0
 
-    def add(self, images: Tensor) -> None:
-        """Take the next images, uint8 (B, C, H, W); raises ValueError when there are more than were announced."""
+    def add(self, images: Tensor, captions: Sequence[str] | None = None) -> None:
+        """Take the next images, uint8 (B, C, H, W), and their captions of the shapes, if they have any.
+
+        Raises:
+            ValueError: there are more images than were announced, or a caption is not of the grammar.
+        """
         check_uint8_images(images, self.extractor.channels, self.extractor.size)
         if self.count + len(images) > len(self.groups):
             raise ValueError(f"{len(self.groups)} images were announced; got {self.count + len(images)} or more.")
         self.count += len(images)
         self.pixels.append(pixel_statistics(images))
+        if captions is not None:
+            self.obeyed.append(torch.stack(obeyed(images.cpu(), parse_captions(list(captions))), 1))
+            self.texts.append(self.extractor.texts(list(captions)).cpu())
         self.waiting.append(images)
         waiting = torch.cat(self.waiting)
         while len(waiting) >= IMAGES_PER_BLOCK:
@@ -54,7 +67,8 @@ class Collector:
         self.waiting = []
         features = torch.cat(self.features) if self.keep_features else None
         logits = torch.cat(self.logits) if self.logits else None
-        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels))
+        texts, obeys = (torch.cat(parts) if parts else None for parts in (self.texts, self.obeyed))
+        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels), texts, obeys)
 
     def _extract(self, images: Tensor) -> None:
         result: Features = self.extractor(images)
@@ -66,8 +80,10 @@ class Collector:
             self.logits.append(result.logits.cpu())
 
 
-def collect(extractor: FeatureExtractor, images: Tensor, labels: Tensor | None = None) -> Sample:
+def collect(
+    extractor: FeatureExtractor, images: Tensor, labels: Tensor | None = None, captions: Sequence[str] | None = None
+) -> Sample:
     """Return the sample of one tensor of uint8 images (N, C, H, W), its moments in a single group."""
     collector = Collector(extractor, torch.zeros(len(images), dtype=torch.int64))
-    collector.add(images)
+    collector.add(images, captions)
     return collector.finish(labels)

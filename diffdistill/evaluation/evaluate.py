@@ -29,7 +29,10 @@ from diffdistill.evaluation.reference import Reference, build_reference, check_r
 SCHEMA = 1
 LIBRARIES = ("diffdistill", "torch", "numpy", "diffusers")
 
-Generate = Callable[[list[int], Tensor], Tensor]
+Labels = Tensor | list[str]
+"""What images are asked for: classes int64 (B,), or B captions."""
+
+Generate = Callable[[list[int], Labels], Tensor]
 Progress = Callable[[int, int], None]
 
 
@@ -128,7 +131,7 @@ def evaluate(
     pays for compilation, allocation and caches). Quantising and features are not part of it.
 
     Args:
-        generate: (seeds, labels int64 (B,) on the CPU) -> images (B, C, H, W), floating, in [-1, 1]. Image k may depend
+        generate: (seeds, labels int64 (B,) on the CPU, or B captions) -> images (B, C, H, W), floating, in [-1, 1]. Image k may depend
             on seed k and label k only, else the number depends on batch_size.
         protocol: what to generate and how to score it.
         progress: called with (images done, images in all) after each batch.
@@ -146,11 +149,11 @@ def evaluate(
     total, done, device = protocol.num_images * len(protocol.first_seeds), 0, "cpu"
     clock = _GenerationClock()
     for block in range(len(protocol.first_seeds)):
-        seeds, labels = list(protocol.seeds(block)), protocol.labels(block)
+        seeds, asked = list(protocol.seeds(block)), protocol.asked(block)
         for start in range(0, protocol.num_images, batch_size):
             part = slice(start, min(start + batch_size, protocol.num_images))
-            images = clock.call(generate, seeds[part], labels[part])
-            run.add(to_uint8(images), labels[part])
+            images = clock.call(generate, seeds[part], asked[part])
+            run.add(to_uint8(images), asked[part])
             done, device = done + len(images), _device_name(images.device)
             if progress is not None:
                 progress(done, total)
@@ -160,7 +163,7 @@ def evaluate(
 
 def evaluate_images(
     images: Tensor | Iterable[Tensor],
-    labels: Tensor | None,
+    labels: Labels | None,
     protocol: Protocol,
     *,
     nfe: float | None = None,
@@ -173,7 +176,7 @@ def evaluate_images(
     Args:
         images: uint8 (N, C, H, W), or an iterable of such batches, in the order of the protocol's seeds. N is
             num_images for one block or num_images times the number of blocks for all.
-        labels: int64 (N,), the classes asked for; None skips the metrics that need them and says so in the result.
+        labels: int64 (N,), the classes asked for, or N captions; None skips the metrics that need them and says so in the result.
         protocol, nfe, num_steps, extractor, reference: as for `evaluate`.
     Raises:
         UserError: the number of images is not that of the protocol, or extractor or reference do not fit it.
@@ -196,10 +199,10 @@ class _GenerationClock:
         self._first: float | None = None
         self._counted = 0
 
-    def call(self, generate: Generate, seeds: list[int], labels: Tensor) -> Tensor:
+    def call(self, generate: Generate, seeds: list[int], asked: Labels) -> Tensor:
         begin = time.perf_counter()
         with torch.no_grad():
-            images = generate(seeds, labels)
+            images = generate(seeds, asked)
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         elapsed = time.perf_counter() - begin
@@ -231,17 +234,17 @@ class _Run:
         self.skipped: dict[str, str] = {}
         self._start_block()
 
-    def add(self, images: Tensor, labels: Tensor | None) -> None:
-        """Take uint8 images (B, C, H, W) and their labels (B,)."""
+    def add(self, images: Tensor, labels: Labels | None) -> None:
+        """Take uint8 images (B, C, H, W) and their labels (B,) or captions."""
         while len(images):
             if len(self.blocks) == len(self.protocol.first_seeds):
                 raise UserError(self._count_rule("more"))
             room = self.protocol.num_images - self.collector.count
             with self._timed("features"):
-                self.collector.add(images[:room])
-            if labels is not None:
+                self.collector.add(images[:room], labels[:room] if isinstance(labels, list) else None)
+            if isinstance(labels, Tensor):
                 self.labels.append(labels[:room])
-                labels = labels[room:]
+            labels = None if labels is None else labels[room:]
             images = images[room:]
             if self.collector.count == self.protocol.num_images:
                 self._score_block()

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffdistill.errors import unknown_name
+from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.images import check_uint8_images
 
+SHAPES_FOLDER = Path(__file__).parents[1] / "assets" / "shapes-clip"
 DIGITS_FOLDER = Path(__file__).parents[1] / "assets" / "digits-classifier"
 
 
@@ -64,6 +65,56 @@ def strict_float32() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+class TextExtractor(FeatureExtractor, typing.Protocol):
+    """An extractor that also reads: captions to vectors of the space that its features are in."""
+
+    def texts(self, captions: list[str]) -> Tensor:
+        """Return the vectors of B captions, float32 (B, d)."""
+        ...
+
+
+class ClipExtractor:
+    """A CLIP in open_clip's format, from a folder: image vectors before they are scaled to unit length, and caption vectors.
+
+    Images must have the size the network takes: nothing is resized here.
+    """
+
+    channels = 3
+
+    def __init__(self, folder: str | Path, name: str, device: str | torch.device = "cpu"):
+        import open_clip
+
+        self.name, self.device = name, torch.device(device)
+        source = f"local-dir:{folder}"
+        try:
+            model, _, _ = open_clip.create_model_and_transforms(source, device=self.device)
+            self.tokenizer = open_clip.get_tokenizer(source)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{folder} is no readable folder of open_clip: {error}") from error
+        self.network = model.float().eval().requires_grad_(False)
+        size = self.network.visual.image_size
+        self.size = size[0] if isinstance(size, tuple) else size
+        self.dim = self.network.text_projection.shape[1]
+        self.fingerprint = weights_fingerprint(self.network)
+        mean, std = (torch.tensor(value, device=self.device)[:, None, None] for value in _normalisation(self.network))
+        self._scale, self._shift = 1 / (255 * std), mean / std
+
+    def __call__(self, images: Tensor) -> Features:
+        """Return image vectors, float32 (B, d), of uint8 images (B, 3, size, size)."""
+        check_uint8_images(images, self.channels, self.size)
+        with strict_float32():
+            return Features(self.network.encode_image(images.to(self.device).float() * self._scale - self._shift))
+
+    def texts(self, captions: list[str]) -> Tensor:
+        """Return caption vectors, float32 (B, d)."""
+        with strict_float32():
+            return self.network.encode_text(self.tokenizer(captions).to(self.device))
+
+
+def _normalisation(network: typing.Any) -> tuple[typing.Any, typing.Any]:
+    return network.visual.image_mean, network.visual.image_std
 
 
 class DigitsExtractor:
@@ -117,7 +168,12 @@ class CallableExtractor:
         return Features(features.float(), None if logits is None else logits.float())
 
 
-EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {"digits": DigitsExtractor}
+def shapes_clip(device: str | torch.device = "cpu") -> ClipExtractor:
+    """Return the embedded CLIP of the shapes. No training may use it."""
+    return ClipExtractor(SHAPES_FOLDER, "shapes-clip", device)
+
+
+EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {"digits": DigitsExtractor, "shapes-clip": shapes_clip}
 
 
 def load_extractor(name: str, device: str | torch.device = "cpu") -> FeatureExtractor:

@@ -41,6 +41,8 @@ class Sample:
         logits: float32 (N, K), or None when the extractor is no classifier.
         labels: int64 (N,), the classes asked for, or None when unknown.
         pixels: float64 (N, 2), see `images.pixel_statistics`.
+        texts: float32 (N, d), the vectors of the captions asked for, or None without captions or an extractor that reads them.
+        obeyed: bool (N, 4), the parts of its caption that an image obeys, see `shapes_detector.Obeyed`, or None.
     """
 
     moments: Moments
@@ -48,6 +50,8 @@ class Sample:
     logits: Tensor | None
     labels: Tensor | None
     pixels: Tensor
+    texts: Tensor | None = None
+    obeyed: Tensor | None = None
 
 
 class Metric(typing.Protocol):
@@ -364,6 +368,39 @@ class PixelMetric:
         return {name: Value(*pair) for name, *pair in zip(("saturated", "contrast"), means, errors, strict=True)}
 
 
+@dataclass(frozen=True)
+class ObeyedMetric:
+    """`obeyed`: the share of images that show all that their caption says, and of those that show its first parts."""
+
+    needs: frozenset[str] = frozenset({"obeyed"})
+    absolute: bool = True
+
+    def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
+        """Return the four shares, each with its binomial standard error."""
+        shares = sample.obeyed.double().mean(0).tolist()
+        names = ("obeyed_colours", "obeyed_shapes", "obeyed_sizes", "obeyed")
+        count = len(sample.obeyed)
+        return {name: Value(share, math.sqrt(share * (1 - share) / count)) for name, share in zip(names, shares, strict=True)}
+
+
+def clip_score(images: Tensor, texts: Tensor) -> Tensor:
+    """Return 100 max(cos(image, text), 0) of each row, (N,) float64. Source: Hessel et al. 2021 (arXiv:2104.08718), without w = 2.5."""
+    return 100 * torch.nn.functional.cosine_similarity(images.double(), texts.double()).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class ClipScoreMetric:
+    """`clip_score`: the mean of `clip_score`, on the scale of 0 to 100."""
+
+    needs: frozenset[str] = frozenset({"features", "texts"})
+    absolute: bool = True
+
+    def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
+        """Return the mean with its standard error."""
+        scores = clip_score(sample.features, sample.texts)
+        return {"clip_score": Value(float(scores.mean()), float(scores.std()) / math.sqrt(len(scores)))}
+
+
 METRICS: dict[str, Metric] = {
     "fid": FrechetMetric(),
     "kid": KernelMetric(),
@@ -372,4 +409,6 @@ METRICS: dict[str, Metric] = {
     "accuracy": AccuracyMetric(),
     "diversity": DiversityMetric(),
     "pixels": PixelMetric(),
+    "obeyed": ObeyedMetric(),
+    "clip_score": ClipScoreMetric(),
 }

@@ -10,6 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
+from diffdistill.data.batches import keyed_generator
+from diffdistill.data.shapes import draw_scenes
 from diffdistill.errors import UserError, did_you_mean, unknown_name
 from diffdistill.evaluation.metrics import METRICS
 from diffdistill.files import hash_json
@@ -27,8 +29,9 @@ class Protocol(BaseModel):
     dataset: str = Field(description="The data set the images imitate.")
     num_images: int = Field(ge=2, description="Images in one block of seeds.")
     first_seeds: tuple[int, ...] = Field(min_length=1, description="First seed of each block; image i adds i to it.")
-    label_rule: Literal["balanced", "random"] = Field(
-        description="balanced: class i % num_classes for image i; random: uniform, from the image's own seed."
+    label_rule: Literal["balanced", "random", "shapes"] = Field(
+        description="balanced: class i % num_classes for image i; random: uniform, from the image's own seed; shapes: captions "
+        "drawn from the first seed of the block, held-out pairs among them."
     )
     num_classes: int = Field(ge=1, description="Number of classes the labels run over; 1 for an unconditional model.")
     uint8_rule: Literal["round"] = Field(description="round: round((clip(x) + 1) * 127.5), see images.to_uint8.")
@@ -80,6 +83,12 @@ class Protocol(BaseModel):
         """Return the seeds of the images of one block."""
         first = self.first_seeds[block]
         return range(first, first + self.num_images)
+
+    def asked(self, block: int) -> Tensor | list[str]:
+        """Return what each image of a block is asked for: its class, or its caption."""
+        if self.label_rule == "shapes":
+            return draw_scenes(self.num_images, keyed_generator("protocol", self.first_seeds[block])).captions()
+        return self.labels(block)
 
     def labels(self, block: int) -> Tensor:
         """Return the class asked for by each image of one block, int64 (num_images,)."""

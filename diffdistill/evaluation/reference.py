@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.digits import digits
+from diffdistill.data.shapes import shapes
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.collect import collect
 from diffdistill.evaluation.features import FeatureExtractor
@@ -25,10 +26,14 @@ from diffdistill.files import sha256, write_atomic, write_json
 
 
 class RealImages(NamedTuple):
-    """Real images, uint8 (N, C, H, W), and their classes, int64 (N,)."""
+    """Real images, uint8 (N, C, H, W), and their classes, int64 (N,), or their captions."""
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None = None
+    captions: list[str] | None = None
+
+
+SAVED = ("features", "logits", "labels", "pixels", "texts", "obeyed")  # fields of a `Sample` beside its moments
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,14 @@ def all_digits() -> RealImages:
     return RealImages(to_uint8(real.images), real.labels)
 
 
-REFERENCES: dict[str, Callable[[], RealImages]] = {"digits-all": all_digits}
+def drawn_shapes() -> RealImages:
+    """Return NUM_DRAWN shapes that no training draws, held-out pairs among them, with their captions."""
+    drawn = shapes(NUM_DRAWN, seed=1, only_trained=False)
+    return RealImages(to_uint8(drawn.images), captions=drawn.scenes.captions())
+
+
+NUM_DRAWN = 10_000
+REFERENCES: dict[str, Callable[[], RealImages]] = {"digits-all": all_digits, "shapes-drawn": drawn_shapes}
 
 
 def _provenance(protocol: Protocol, extractor: FeatureExtractor) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def build_reference(protocol: Protocol, extractor: FeatureExtractor) -> Referenc
     check_extractor(protocol, extractor)
     real = REFERENCES[protocol.reference]()
     provenance = {**_provenance(protocol, extractor), "count": len(real.images)}
-    return Reference(collect(extractor, real.images, real.labels), provenance)
+    return Reference(collect(extractor, *real), provenance)
 
 
 def check_extractor(protocol: Protocol, extractor: FeatureExtractor) -> None:
@@ -109,7 +121,7 @@ def save_reference(reference: Reference, path: str | Path) -> Path:
     path = Path(path)
     sample = reference.sample
     tensors = {f"moments.{key}": value for key, value in sample.moments.state().items()}
-    fields = {key: getattr(sample, key) for key in ("features", "logits", "labels", "pixels")}
+    fields = {key: getattr(sample, key) for key in SAVED}
     tensors |= {key: value for key, value in fields.items() if value is not None}
     buffer = io.BytesIO()
     np.savez(buffer, **{key: value.numpy() for key, value in tensors.items()})
@@ -137,7 +149,7 @@ def load_reference(path: str | Path, protocol: Protocol, extractor: FeatureExtra
     moments = Moments.from_state(
         {key.removeprefix("moments."): value for key, value in tensors.items() if key.startswith("moments.")}
     )
-    fields = (tensors.get(key) for key in ("features", "logits", "labels", "pixels"))
+    fields = (tensors.get(key) for key in SAVED)
     reference = Reference(Sample(moments, *fields), provenance)
     check_reference(reference, protocol, extractor)
     return reference

@@ -21,6 +21,7 @@ class Row:
         fid, fid_sd: Frechet distance, mean and standard deviation over blocks of seeds.
         accuracy: share of images in the class asked for, in [0, 1].
         ms_per_image: generation time.
+        obeyed: share of captions obeyed, in [0, 1]. clip_score: 0 to 100.
         kid: kernel distance. precision, recall: in [0, 1].
     """
 
@@ -34,11 +35,13 @@ class Row:
     kid: float | None = None
     precision: float | None = None
     recall: float | None = None
+    obeyed: float | None = None
+    clip_score: float | None = None
 
     @classmethod
     def from_evaluation(cls, method: str, evaluation: Evaluation) -> Row:
         """Take the figures of an evaluation under a method's name."""
-        names = ("fid", "accuracy", "kid", "precision", "recall")
+        names = ("fid", "accuracy", "kid", "precision", "recall", "obeyed", "clip_score")
         fid = evaluation.values.get("fid")
         return cls(
             method=method,
@@ -78,6 +81,8 @@ COLUMNS = (
     Column("NFE", _number("nfe", "g")),
     Column("FID ↓", _fid),
     Column("accuracy ↑", _number("accuracy", ".1%")),
+    Column("obeyed ↑", _number("obeyed", ".1%")),
+    Column("CLIP ↑", _number("clip_score", ".2f")),
     Column("ms/image ↓", _number("ms_per_image", ".3g")),
     Column("KID ↓", _number("kid", ".3g")),
     Column("precision ↑", _number("precision", ".3f")),
