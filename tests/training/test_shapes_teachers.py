@@ -1,0 +1,205 @@
+"""The kinds of network made for the shapes: what a short training writes, and that stock libraries read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffdistill as dd
+from diffdistill.data.batches import keyed_generator
+from diffdistill.data.shapes import draw_images, draw_scenes, parse_captions, shapes
+from diffdistill.errors import UserError
+from diffdistill.evaluation.features import ClipExtractor
+from diffdistill.evaluation.images import to_uint8
+from diffdistill.evaluation.shapes_detector import obeyed
+from diffdistill.math.schedules import VPSchedule
+from diffdistill.models.condition import Condition
+from diffdistill.models.loading import load_teacher
+from diffdistill.training.teachers import clip, load_teacher_config, parse_teacher_config, parts, text_diffusion, train_teacher
+from diffdistill.training.teachers.words import clip_tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "teachers"
+
+
+def small(name: str, steps: int = 2, **changes):
+    values = load_teacher_config(CONFIGS / f"{name}.yaml").model_dump(mode="json")
+    values["fit"] |= {"steps": steps, "batch_size": 8, "warmup_steps": 1}
+    return parse_teacher_config(values | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (parts, text_diffusion):
+            patch.setattr(module, "NUM_SHAPES", 60)
+        patch.setattr(text_diffusion, "NUM_JUDGED", 3)
+        train_teacher(small("shapes-vae"), root / "vae", progress=False)
+        train_teacher(small("shapes-sd", vae=str(root / "vae")), root / "sd", progress=False)
+        train_teacher(small("shapes-clip"), root / "clip", progress=False)
+    return root
+
+
+# Words
+
+
+def test_every_word_is_one_token_and_others_are_spelled() -> None:
+    captions = shapes(500, only_trained=False).scenes.captions()
+    tokenizer = clip_tokenizer(captions, 16)
+    for caption in captions[:50]:
+        ids = tokenizer(caption).input_ids
+        assert len(ids) == len(caption.split()) + 2
+        assert tokenizer.decode(ids[1:-1]) == caption
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert tokenizer.eos_token_id == len(tokenizer) - 1  # where text towers look for the end
+    assert tokenizer.decode(tokenizer("a zebra").input_ids[1:-1]) == "a zebra"
+    assert tokenizer("", padding="max_length").input_ids == [tokenizer.bos_token_id] + [tokenizer.eos_token_id] * 15
+
+
+# A teacher in Stable Diffusion's format
+
+
+def test_the_stock_pipeline_loads_it_and_makes_images(trained) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(trained / "sd")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a small red circle", num_inference_steps=2, output_type="pt").images
+    assert images.shape == (1, 3, 32, 32)
+    assert pipeline.vae.config.scaling_factor == json.loads((trained / "vae" / "config.json").read_text())["scaling_factor"]
+
+
+def test_it_is_a_teacher_with_the_recorded_guidance(trained) -> None:
+    teacher = load_teacher(trained / "sd")
+    assert (teacher.guidance, teacher.denoiser.kind, teacher.denoiser.sample_shape) == (3.0, "v_prediction", (4, 8, 8))
+    assert isinstance(teacher.denoiser.schedule, VPSchedule)
+    assert teacher.condition(["a small red circle"]).values["encoder_hidden_states"].shape == (1, 16, 64)
+    assert dd.sample(trained / "sd", num=2, prompts=["a small red circle"], steps=2).images.shape == (2, 3, 32, 32)
+    record = json.loads((trained / "sd" / "diffdistill_teacher.json").read_text())["results"]
+    assert set(record["obeyed_at_25_ddim_steps"]) == {"guidance 1", "guidance 3"}
+
+
+def test_network_and_text_encoder_are_both_trained(trained, monkeypatch) -> None:
+    monkeypatch.setattr(text_diffusion, "NUM_SHAPES", 20)
+    config = small("shapes-sd", vae=str(trained / "vae"))
+    captions = shapes(20).scenes.captions()
+    model = text_diffusion.build(config, captions, torch.device("cpu"))
+    loss = text_diffusion.text_diffusion_loss(
+        model.denoiser, torch.randn(4, 4, 8, 8), model.condition(["", *captions[:3]]), keyed_generator("loss")
+    )
+    loss.backward()
+    for part in (model.pipeline.unet, model.pipeline.text_encoder):
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        assert gradients and sum(float(g.abs().sum()) for g in gradients) > 0
+    assert all(p.grad is None for p in model.pipeline.vae.parameters())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_loss_is_zero_for_the_network_that_knows_the_noise(kind: str) -> None:
+    from types import SimpleNamespace
+
+    x0, schedule, seen = torch.randn(6, 1, 2, 2, dtype=torch.float64), VPSchedule(torch.linspace(0.99, 0.01, 10)), []
+
+    def knowing(x_t, t, cond):
+        alpha, sigma = (value[:, None, None, None] for value in schedule.coefficients(t))
+        eps = (x_t - alpha * x0) / sigma
+        seen.append(t)
+        return SimpleNamespace(raw={"epsilon": eps, "v_prediction": alpha * eps - sigma * x0}[kind])
+
+    denoiser = type("Knowing", (), {"__call__": staticmethod(knowing), "schedule": schedule, "kind": kind})()
+    losses = [
+        float(text_diffusion.text_diffusion_loss(denoiser, x0, Condition.none(6), keyed_generator("loss", k)))
+        for k in range(40)
+    ]
+    assert max(losses) < 1e-10
+    times = torch.cat(seen)
+    assert set(times.tolist()) == set(range(10))  # every step of the schedule, the last one too
+
+
+# A CLIP in open_clip's format
+
+
+def test_open_clip_loads_what_was_trained(trained) -> None:
+    import open_clip
+    from safetensors.torch import load_file
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{trained / 'clip'}")
+    stored = load_file(str(trained / "clip" / "open_clip_model.safetensors"))
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    extractor = ClipExtractor(trained / "clip", "shapes-clip")
+    drawn = shapes(3)
+    images = to_uint8(drawn.images)
+    from torchvision.transforms.functional import to_pil_image
+
+    expected = model.eval().encode_image(torch.stack([preprocess(to_pil_image(image)) for image in images]))
+    torch.testing.assert_close(extractor(images).features, expected, atol=1e-5, rtol=1e-5)
+    tokens = open_clip.get_tokenizer(f"local-dir:{trained / 'clip'}")(drawn.scenes.captions())
+    torch.testing.assert_close(extractor.texts(drawn.scenes.captions()), model.encode_text(tokens), atol=1e-5, rtol=1e-5)
+    # Padding is the end token again: only the first counts.
+    one, two = extractor.texts(["a small red circle", "a small red circle above a large blue square"])
+    assert not torch.allclose(one, two)
+
+
+def test_twins_differ_in_one_word_that_the_image_shows() -> None:
+    scenes = draw_scenes(200, keyed_generator("twins"))
+    other = clip.twins(scenes, keyed_generator("twins", 1))
+    changed = 0
+    for before, after in zip(scenes.captions(), other.captions(), strict=True):
+        differing = [a for a, b in zip(before.split(), after.split(), strict=False) if a != b]
+        assert len(differing) == 1
+        changed += differing[0] in ("left", "right", "above", "below")
+    assert 60 < changed < 100  # half of the four fifths with a relation
+    images = to_uint8(draw_images(scenes, keyed_generator("draw")))
+    assert bool(obeyed(images, scenes).relation.all()) and not bool(obeyed(images, other).relation.any())
+
+
+def test_matching_counts_images_that_find_their_own_caption() -> None:
+    axes = torch.eye(4)
+    assert clip.matched(axes, axes) == 1.0
+    assert clip.matched(axes, axes[[1, 0, 2, 3]]) == 0.5
+
+
+# The protocol
+
+
+def test_the_protocol_scores_captions_and_knows_the_drawn_images(trained, monkeypatch) -> None:
+    from diffdistill.evaluation import reference
+    from diffdistill.evaluation.evaluate import evaluate
+    from diffdistill.evaluation.protocol import load_protocol
+
+    monkeypatch.setattr(reference, "NUM_DRAWN", 200)
+    protocol = load_protocol("shapes-short").model_copy(update={"num_images": 60, "jackknife_groups": 5})
+    asked = []
+
+    def drawer(seeds, captions):
+        asked.extend(captions)
+        scenes = parse_captions(captions)
+        wrong = scenes._replace(size=1 - scenes.size)
+        return torch.cat(
+            [
+                draw_images((scenes if seed % 3 else wrong).select(torch.tensor([k])), keyed_generator("image", seed))
+                for k, seed in enumerate(seeds)
+            ]
+        )
+
+    extractor = ClipExtractor(trained / "clip", "shapes-clip")
+    found = evaluate(drawer, protocol, batch_size=25, extractor=extractor)
+    assert asked == protocol.asked(0) and len(set(asked)) > 40
+    assert found.mean("obeyed_shapes") == 1.0 and found.mean("obeyed") == pytest.approx(2 / 3, abs=0.02)
+    assert found.reference_values["obeyed"] == 1.0
+    assert found.values["obeyed"].se == pytest.approx((2 / 9 / 60) ** 0.5, rel=0.05)
+    again = evaluate(drawer, protocol, batch_size=7, extractor=extractor)
+    assert again.values["clip_score"] == found.values["clip_score"] and again.values["fid"] == found.values["fid"]
+
+
+def test_a_folder_without_a_clip_is_one_clear_message(tmp_path) -> None:
+    with pytest.raises(UserError, match="no readable folder of open_clip"):
+        ClipExtractor(tmp_path, "mine")
+
+
+def test_a_missing_autoencoder_is_one_clear_message(tmp_path) -> None:
+    with pytest.raises(UserError, match="no autoencoder at 'nowhere'"):
+        train_teacher(small("shapes-sd", vae="nowhere"), tmp_path / "out", progress=False)
