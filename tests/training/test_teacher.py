@@ -37,6 +37,7 @@ SHIPPED = {
     "digits-dit": "digits-dit",
     "digits-classifier": "digits-classifier",
     "digits-vae": "digits-dit/vae",
+    "shapes-vae": "shapes-sd/vae",
 }
 
 
