@@ -16,8 +16,8 @@ from diffdistill.config import CheckpointConfig, LoggingConfig, RunConfig, load_
 from diffdistill.errors import UserError
 from diffdistill.export import plan
 from diffdistill.listing import columns
+from diffdistill.memory import MemoryRow, memory_plan, total
 from diffdistill.training.loading import LoadedRun, load_run
-from diffdistill.training.optimizers import OptimizerConfig
 from diffdistill.training.run import train
 
 TRIED_STEPS = 6  # of each stage; the first pays for allocation and is not timed
@@ -44,18 +44,6 @@ class SamplerRow:
     scheduler: str | None
     refused: str
     trained: bool
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """What a role adds to memory: numbers of parameters, and bytes. Activations come on top."""
-
-    role: str
-    parameters: int
-    trained: int
-    weights_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
 
 
 @dataclass(frozen=True)
@@ -86,15 +74,12 @@ class CheckReport:
 
     def text(self) -> str:
         """Return the report for a terminal."""
-        total = MemoryRow(
-            "all", *(sum(getattr(row, name) for row in self.memory) for name in list(MemoryRow.__dataclass_fields__)[1:])
-        )
         parts = {
             "teacher": columns([self.teacher]),
             "data": columns([self.data]),
             f"stages (time of a step measured over {TRIED_STEPS - 1})": columns([asdict(row) for row in self.stages]),
             "student's sampler": columns([_shown(row) for row in self.samplers]),
-            "memory by role, without activations": columns([_sizes(row) for row in [*self.memory, total]]),
+            "memory by role, without activations": columns([_sizes(row) for row in [*self.memory, total(self.memory)]]),
         }
         return "\n\n".join(f"{title}\n{body}" for title, body in parts.items())
 
@@ -244,44 +229,8 @@ def _samplers(config: RunConfig, run: LoadedRun) -> list[SamplerRow]:
 
 
 def _memory(config: RunConfig, run: LoadedRun) -> list[MemoryRow]:
-    """Return a row for the teacher, each role, the head and the average; a tensor counts where it is seen first."""
-    roles = run.roles
-    names = [*roles.names, *(["head"] if roles.head is not None else [])]
-    own = {name: roles.named_parameters(name) for name in names}
     settings = {role: stage.optimizer(role) for stage in config.stages for role in stage.trained}
-    seen = {id(parameter) for parameters in own.values() for parameter in parameters.values()}
-    rows = [_memory_row("teacher", _unseen(roles.teacher, seen), [], None)]
-    for name in names:
-        rest = [] if name == "head" else _unseen(roles[name], seen)
-        rows.append(_memory_row(name, [*rest, *own[name].values()], list(own[name].values()), settings.get(name)))
-    if config.ema is not None:
-        rows.append(_memory_row("average of student", list(own["student"].values()), [], None))
-    return rows
-
-
-def _unseen(denoiser: Any, seen: set[int]) -> list[Any]:
-    network = getattr(denoiser, "network", None)
-    found = [] if network is None else [parameter for parameter in network.parameters() if id(parameter) not in seen]
-    seen |= {id(parameter) for parameter in found}
-    return found
-
-
-def _memory_row(role: str, parameters: Sequence[Any], trained: Sequence[Any], optimizer: OptimizerConfig | None) -> MemoryRow:
-    def bytes_of(tensors: Sequence[Any]) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    gradient = bytes_of(trained) if optimizer is not None else 0
-    moments = 0
-    if optimizer is not None:
-        moments = int(optimizer.betas[0] > 0) if optimizer.name == "sgd" else 2
-    return MemoryRow(
-        role,
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in trained) if optimizer else 0,
-        bytes_of(parameters),
-        gradient,
-        moments * gradient,
-    )
+    return memory_plan(run.roles, settings, averaged=config.ema is not None)
 
 
 # Showing
