@@ -1,0 +1,55 @@
+"""Every recipe of a text-to-image model is built and trained for two steps on a small pipeline of its family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_text_runs import place, text_pipelines  # noqa: F401 (a fixture)
+
+from diffdistill import recipes
+from diffdistill.config import load_config
+from diffdistill.training.loading import load_run
+from diffdistill.training.run import train
+
+NAMES = [name for name in recipes.recipe_names() if name.startswith("text/")]
+PIPELINES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "flux": "flux", "sana": "sana"}
+
+
+def test_every_family_has_lcm_and_dmd2_and_two_have_more() -> None:
+    expected = [f"text/{model}-{method}-lora" for model in PIPELINES for method in ("lcm", "dmd2")]
+    assert sorted([*expected, "text/sd15-vsd", "text/sdxl-guidance"]) == sorted(NAMES)
+
+
+@pytest.fixture(scope="module")
+def pipelines(place: Path) -> Path:  # noqa: F811
+    for name in sorted({*PIPELINES.values()} - {"sd"}):
+        text_pipelines.save(name, place)
+    return place
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipe_trains_on_a_small_pipeline(name: str, pipelines: Path, tmp_path: Path) -> None:
+    model = name.removeprefix("text/").split("-")[0]
+    config = load_config(recipes.recipe_path(name))
+    data = pipelines / ("prompts.txt" if config.data.kind == "prompts" else "images")
+    run = load_config(
+        recipes.recipe_path(name),
+        [
+            f"teacher={pipelines / PIPELINES[model]}",
+            "teacher_options={dtype: bf16, size: 16}",
+            f"output={tmp_path / 'run'}",
+            f"data.path={data}",
+            f"data.cache={tmp_path / 'cache'}",
+            "roles.lora.rank=2",
+            "stages.0.steps=2",
+            "batch_size=2",
+            "micro_batch_size=2",
+            "samples=null",
+        ],
+    )
+    result = train(run, progress=False)
+    # Not the student of DMD2 without guidance: at its one turn fake and teacher are still the same network, and it has no gradient.
+    role = config.stages[0].trained[-1]
+    moved = load_run(result.folder).roles.adapter_state(role)
+    assert any(bool(tensor.any()) for key, tensor in moved.items() if "lora_B" in key)
