@@ -296,7 +296,7 @@ def export(
     Args:
         run: run folder.
         output: folder to write; must not exist.
-        kind: "auto", "peft" (adapter only) or "merged" (a whole pipeline).
+        kind: "auto", "lora" or "kohya" (a LoRA file), "peft" (adapter folder) or "merged" (a whole pipeline).
         steps: the numbers of steps it is meant for; empty for the one it is trained for.
         checkpoint: None for the newest.
     Raises:

@@ -39,6 +39,7 @@ def trained(tmp_path_factory):
         patch.setattr(text_diffusion, "NUM_JUDGED", 3)
         train_teacher(small("shapes-vae"), root / "vae", progress=False)
         train_teacher(small("shapes-sd", vae=str(root / "vae")), root / "sd", progress=False)
+        train_teacher(small("shapes-pixart", vae=str(root / "vae")), root / "pixart", progress=False)
         train_teacher(small("shapes-clip"), root / "clip", progress=False)
     return root
 
@@ -72,6 +73,29 @@ def test_the_stock_pipeline_loads_it_and_makes_images(trained) -> None:
     assert pipeline.vae.config.scaling_factor == json.loads((trained / "vae" / "config.json").read_text())["scaling_factor"]
 
 
+def test_the_stock_pixart_pipeline_loads_it_and_makes_images(trained) -> None:
+    from diffusers import PixArtAlphaPipeline
+
+    pipeline = PixArtAlphaPipeline.from_pretrained(trained / "pixart")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        "a small red circle",
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        use_resolution_binning=False,
+        clean_caption=False,
+        output_type="pt",
+    ).images
+    assert images.shape == (1, 3, 32, 32)
+    assert dd.sample(trained / "pixart", num=2, prompts=["a small red circle"], steps=2).images.shape == (2, 3, 32, 32)
+    assert load_teacher(trained / "pixart").denoiser.kind == "epsilon"
+    for words in (["a", "small", "red", "circle"], ["a", "zebra"]):
+        ids = pipeline.tokenizer(" ".join(words)).input_ids
+        assert pipeline.tokenizer.unk_token_id not in ids and ids[-1] == pipeline.tokenizer.eos_token_id
+    assert len(pipeline.tokenizer("a small red circle").input_ids) == 5
+
+
 def test_it_is_a_teacher_with_the_recorded_guidance(trained) -> None:
     teacher = load_teacher(trained / "sd")
     assert (teacher.guidance, teacher.denoiser.kind, teacher.denoiser.sample_shape) == (3.0, "v_prediction", (4, 8, 8))
@@ -82,16 +106,16 @@ def test_it_is_a_teacher_with_the_recorded_guidance(trained) -> None:
     assert set(record["obeyed_at_25_ddim_steps"]) == {"guidance 1", "guidance 3"}
 
 
-def test_network_and_text_encoder_are_both_trained(trained, monkeypatch) -> None:
-    monkeypatch.setattr(text_diffusion, "NUM_SHAPES", 20)
-    config = small("shapes-sd", vae=str(trained / "vae"))
+@pytest.mark.parametrize("name", ["shapes-sd", "shapes-pixart"])
+def test_network_and_text_encoder_are_both_trained(name: str, trained) -> None:
+    config = small(name, vae=str(trained / "vae"))
     captions = shapes(20).scenes.captions()
     model = text_diffusion.build(config, captions, torch.device("cpu"))
     loss = text_diffusion.text_diffusion_loss(
         model.denoiser, torch.randn(4, 4, 8, 8), model.condition(["", *captions[:3]]), keyed_generator("loss")
     )
     loss.backward()
-    for part in (model.pipeline.unet, model.pipeline.text_encoder):
+    for part in (model.denoiser.network, model.pipeline.text_encoder):
         gradients = [p.grad for p in part.parameters() if p.grad is not None]
         assert gradients and sum(float(g.abs().sum()) for g in gradients) > 0
     assert all(p.grad is None for p in model.pipeline.vae.parameters())

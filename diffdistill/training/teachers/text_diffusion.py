@@ -6,6 +6,7 @@ The network is called and the prompts are encoded as every teacher's are, throug
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +30,7 @@ from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.training.teachers.fit import fit
 from diffdistill.training.teachers.parts import NUM_SHAPES, ImagesConfig, Trained, TrainingConfig, find_folder, num_parameters
-from diffdistill.training.teachers.words import clip_tokenizer
+from diffdistill.training.teachers.words import clip_tokenizer, t5_tokenizer
 
 NUM_JUDGED = 500  # samples drawn to measure a network at the end
 IMAGES_PER_PASS = 250
@@ -40,12 +41,16 @@ class TextDiffusionConfig(TrainingConfig):
 
     kind: Literal["text_diffusion"] = "text_diffusion"
     images: ImagesConfig = Field(ImagesConfig(source="shapes", size=32, channels=3), description="the captioned shapes")
-    pipeline: Literal["StableDiffusionPipeline"] = Field(description="diffusers class it is written as")
-    network_config: dict[str, Any] = Field(description="keyword arguments of the network's class (UNet2DConditionModel)")
-    text_config: dict[str, Any] = Field(
-        description="keyword arguments of the text encoder's configuration (CLIPTextConfig), without those of its vocabulary"
+    pipeline: Literal["StableDiffusionPipeline", "PixArtAlphaPipeline"] = Field(description="diffusers class it is written as")
+    network_config: dict[str, Any] = Field(
+        description="keyword arguments of the network's class: UNet2DConditionModel, or PixArtTransformer2DModel"
     )
-    max_tokens: int = Field(16, gt=2, description="tokens of a caption, start and end included")
+    text_config: dict[str, Any] = Field(
+        description="keyword arguments of the text encoder's configuration, CLIPTextConfig or T5Config, without those of its vocabulary"
+    )
+    max_tokens: int = Field(
+        16, gt=2, description="tokens of a caption, start and end included; PixArt's pipeline pads to 120 whatever it is"
+    )
     scheduler_config: dict[str, Any] = Field(
         description="keyword arguments of diffusers' DDIMScheduler; its prediction_type is what the network learns"
     )
@@ -105,7 +110,32 @@ def stable_diffusion(config: TextDiffusionConfig, captions: list[str], vae: Any)
     )
 
 
-BUILDERS: dict[str, Callable[[TextDiffusionConfig, list[str], Any], Any]] = {"StableDiffusionPipeline": stable_diffusion}
+def pixart_alpha(config: TextDiffusionConfig, captions: list[str], vae: Any) -> Any:
+    """Return a PixArtAlphaPipeline with initial weights and a T5 tokenizer of the captions' words."""
+    import diffusers
+    import transformers
+
+    tokenizer = t5_tokenizer(captions, config.max_tokens)
+    text = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dropout_rate=0.0,
+        **config.text_config,
+    )
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.T5EncoderModel(text),
+        vae=vae,
+        transformer=diffusers.PixArtTransformer2DModel(**config.network_config),
+        scheduler=diffusers.DDIMScheduler(**config.scheduler_config),
+    )
+
+
+BUILDERS: dict[str, Callable[[TextDiffusionConfig, list[str], Any], Any]] = {
+    "StableDiffusionPipeline": stable_diffusion,
+    "PixArtAlphaPipeline": pixart_alpha,
+}
 
 
 class _Model(NamedTuple):
@@ -143,16 +173,18 @@ def build(config: TextDiffusionConfig, captions: list[str], device: torch.device
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"network_config, text_config or scheduler_config does not build: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.vae.requires_grad_(False), pipeline.text_encoder, pipeline.unet):
+    model = _Model(pipeline, _denoiser(pipeline))
+    for part in (pipeline.vae.requires_grad_(False), pipeline.text_encoder, model.denoiser.network):
         part.eval().to(device)
-    return _Model(pipeline, _denoiser(pipeline))
+    return model
 
 
 def _denoiser(pipeline: Any) -> NetworkDenoiser:
-    family = FAMILIES[type(pipeline.unet).__name__]
-    shape = family.sample_shape(pipeline.unet)
-    schedule, kind = family.path(pipeline.unet, pipeline.scheduler, shape)
-    return NetworkDenoiser(pipeline.unet, family, schedule, kind, shape)
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    family = FAMILIES[type(network).__name__]
+    shape = family.sample_shape(network)
+    schedule, kind = family.path(network, pipeline.scheduler, shape)
+    return NetworkDenoiser(network, family, schedule, kind, shape)
 
 
 def train(config: TextDiffusionConfig, device: torch.device, progress: bool, snapshot_every: int | None) -> Iterator[Trained]:
@@ -187,9 +219,8 @@ def _latents(data: Captioned, codec: Codec, device: torch.device) -> Tensor:
 
 def _averaged(model: _Model, ema: Any) -> _Model:
     """Return the pipeline with the averaged weights."""
-    parts = model.pipeline.components | {"unet": ema.network, "text_encoder": ema.text_encoder}
-    pipeline = type(model.pipeline)(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = copy.copy(model.pipeline)
+    pipeline.register_modules(**{model.denoiser.family.component: ema.network, "text_encoder": ema.text_encoder})
     return _Model(pipeline, _denoiser(pipeline))
 
 

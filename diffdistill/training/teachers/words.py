@@ -1,4 +1,4 @@
-"""A CLIP tokenizer for a small vocabulary: every word of the given texts is one token, other words are spelled by pieces of them."""
+"""Tokenizers of a small vocabulary: every word of the given texts is one token, other words are spelled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+BLANK = "\u2581"  # the start of a word
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
@@ -40,3 +41,18 @@ def clip_tokenizer(texts: Iterable[str], length: int) -> Any:
         return transformers.CLIPTokenizer(
             str(Path(folder) / "vocab.json"), str(Path(folder) / "merges.txt"), model_max_length=length, pad_token=END
         )
+
+
+def t5_tokenizer(texts: Iterable[str], length: int) -> Any:
+    """Return a transformers T5Tokenizer with the words of `texts` and single letters as pieces.
+
+    Args:
+        texts: lower-case texts.
+        length: tokens a text is cut to, the end included.
+    """
+    import transformers
+
+    words = sorted({word for text in texts for word in text.split()})
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [(f"{BLANK}{word}", -1.0) for word in words] + [(piece, -10.0) for piece in (BLANK, *LETTERS)]
+    return transformers.T5Tokenizer(vocab=[*special, *dict(pieces).items()], extra_ids=0, model_max_length=length)

@@ -1,0 +1,117 @@
+"""How long it takes to export and verify a LoRA of the size of Stable Diffusion 1.5's, and what changing roles costs beside a pass.
+
+The pipeline has the published configurations (860 M parameters of UNet, CLIP-L text encoder, autoencoder) and random weights.
+
+    python eval/export_time.py [--size 64] [--dtype bf16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from memory import sd15
+
+from diffdistill.export import export, verify
+from diffdistill.math import grids
+from diffdistill.models.adapters import LoraSpec
+from diffdistill.models.loading import load_teacher
+from diffdistill.models.roles import build_roles
+from diffdistill.sampling.sampler import Sampler
+from diffdistill.training.teachers.words import clip_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TARGETS = ("attention", "attention+ff", "all")
+
+
+def pipeline(dtype: torch.dtype) -> Any:
+    """Return a StableDiffusionPipeline of true size with random weights."""
+    tokenizer = clip_tokenizer(["a fox in the snow"], 77)
+    text = transformers.CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=768,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts = (vae, transformers.CLIPTextModel(text), tokenizer, sd15(), scheduler, None, None)
+    return diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False).to(dtype)
+
+
+def seconds(function: Any, *args: Any, **options: Any) -> tuple[float, Any]:
+    """Return the wall time of a call, and what it returned."""
+    begin = time.perf_counter()
+    result = function(*args, **options)
+    return time.perf_counter() - begin, result
+
+
+def main() -> None:
+    """Build, export, verify, time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=64, help="edge of the images that the check makes, pixels")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    arguments = parser.parse_args()
+    dtype = DTYPES[arguments.dtype]
+    with tempfile.TemporaryDirectory(prefix="export-time-") as folder:
+        base = Path(folder) / "base"
+        torch.manual_seed(0)
+        pipeline(dtype).save_pretrained(base)
+        spent, teacher = seconds(load_teacher, base, dtype, size=arguments.size)
+        print(f"load {spent:.1f} s", flush=True)
+        spec = LoraSpec(rank=64, targets="all")
+        spent, roles = seconds(build_roles, teacher.denoiser, ("student", "fake"), "shared", spec)
+        print(f"roles {spent:.1f} s", flush=True)
+        with torch.no_grad():
+            for name, parameter in roles.named_parameters("student").items():
+                if "lora_B" in name:
+                    parameter.normal_(std=1e-3)
+        switch(teacher, roles)
+        sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), "renoise")
+        written, manifest = seconds(export, teacher, roles, sampler, Path(folder) / "lora", kind="lora", step_counts=(4,))
+        print(f"export with its verification {written:.1f} s, passed: {manifest.verification.passed}", flush=True)
+        again, verification = seconds(verify, Path(folder) / "lora")
+        print(f"verify alone {again:.1f} s, passed: {verification.passed}")
+
+
+@torch.no_grad()
+def switch(teacher: Any, roles: Any) -> None:
+    """Print what entering and leaving a role costs beside a pass of the network, one image."""
+    state = torch.randn(1, *teacher.denoiser.sample_shape)
+    cond, t = teacher.condition(["a fox"]), torch.tensor([500.0], dtype=torch.float64)
+    roles["student"](state, t, cond)  # the first call allocates
+    forward, _ = seconds(roles["student"], state, t, cond)
+    begin = time.perf_counter()
+    for _ in range(200):
+        with roles["student"].role():
+            pass
+    once = (time.perf_counter() - begin) / 200
+    print(f"role switch {1e6 * once:.0f} us of a pass of {1e3 * forward:.0f} ms: {once / forward:.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
