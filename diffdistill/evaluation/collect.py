@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.shapes import parse_captions
-from diffdistill.evaluation.features import FeatureExtractor, Features
+from diffdistill.evaluation.features import FeatureExtractor, Features, TextExtractor
 from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
 from diffdistill.evaluation.metrics import Sample
 from diffdistill.evaluation.moments import Moments
@@ -32,7 +32,7 @@ class Collector:
         self.features: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.pixels: list[Tensor] = []
-        self.texts: list[Tensor] = []
+        self.captions: list[str] = []
         self.obeyed: list[Tensor] = []
         self.count = 0
 
@@ -48,8 +48,8 @@ class Collector:
         self.count += len(images)
         self.pixels.append(pixel_statistics(images))
         if captions is not None:
+            self.captions.extend(captions)
             self.obeyed.append(torch.stack(obeyed(images.cpu(), parse_captions(list(captions))), 1))
-            self.texts.append(self.extractor.texts(list(captions)).cpu())
         self.waiting.append(images)
         waiting = torch.cat(self.waiting)
         while len(waiting) >= IMAGES_PER_BLOCK:
@@ -67,8 +67,15 @@ class Collector:
         self.waiting = []
         features = torch.cat(self.features) if self.keep_features else None
         logits = torch.cat(self.logits) if self.logits else None
-        texts, obeys = (torch.cat(parts) if parts else None for parts in (self.texts, self.obeyed))
-        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels), texts, obeys)
+        obeys = torch.cat(self.obeyed) if self.obeyed else None
+        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels), self._texts(), obeys)
+
+    def _texts(self) -> Tensor | None:
+        """Return the vectors of the captions, (N, d), or None without captions or without an extractor that reads."""
+        if not self.captions or not isinstance(self.extractor, TextExtractor):
+            return None
+        starts = range(0, len(self.captions), IMAGES_PER_BLOCK)
+        return torch.cat([self.extractor.texts(self.captions[k : k + IMAGES_PER_BLOCK]).cpu() for k in starts])
 
     def _extract(self, images: Tensor) -> None:
         result: Features = self.extractor(images)

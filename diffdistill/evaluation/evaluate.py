@@ -25,14 +25,12 @@ from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.metrics import METRICS, Sample, Value
 from diffdistill.evaluation.protocol import Protocol
 from diffdistill.evaluation.reference import Reference, build_reference, check_reference
+from diffdistill.models.conditioning import Asked
+from diffdistill.sampling.generate import Generate
 
 SCHEMA = 1
 LIBRARIES = ("diffdistill", "torch", "numpy", "diffusers")
 
-Labels = Tensor | list[str]
-"""What images are asked for: classes int64 (B,), or B captions."""
-
-Generate = Callable[[list[int], Labels], Tensor]
 Progress = Callable[[int, int], None]
 
 
@@ -163,7 +161,7 @@ def evaluate(
 
 def evaluate_images(
     images: Tensor | Iterable[Tensor],
-    labels: Labels | None,
+    labels: Asked,
     protocol: Protocol,
     *,
     nfe: float | None = None,
@@ -199,7 +197,7 @@ class _GenerationClock:
         self._first: float | None = None
         self._counted = 0
 
-    def call(self, generate: Generate, seeds: list[int], asked: Labels) -> Tensor:
+    def call(self, generate: Generate, seeds: list[int], asked: Asked) -> Tensor:
         begin = time.perf_counter()
         with torch.no_grad():
             images = generate(seeds, asked)
@@ -234,7 +232,7 @@ class _Run:
         self.skipped: dict[str, str] = {}
         self._start_block()
 
-    def add(self, images: Tensor, labels: Labels | None) -> None:
+    def add(self, images: Tensor, labels: Asked) -> None:
         """Take uint8 images (B, C, H, W) and their labels (B,) or captions."""
         while len(images):
             if len(self.blocks) == len(self.protocol.first_seeds):

@@ -67,6 +67,7 @@ def strict_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+@typing.runtime_checkable
 class TextExtractor(FeatureExtractor, typing.Protocol):
     """An extractor that also reads: captions to vectors of the space that its features are in."""
 
@@ -89,16 +90,17 @@ class ClipExtractor:
         self.name, self.device = name, torch.device(device)
         source = f"local-dir:{folder}"
         try:
-            model, _, _ = open_clip.create_model_and_transforms(source, device=self.device)
+            model = open_clip.create_model(source, device=self.device, require_pretrained=True)  # else it is random in silence
             self.tokenizer = open_clip.get_tokenizer(source)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{folder} is no readable folder of open_clip: {error}") from error
-        self.network = model.float().eval().requires_grad_(False)
+        self.network: typing.Any = model.float().eval().requires_grad_(False)
         size = self.network.visual.image_size
         self.size = size[0] if isinstance(size, tuple) else size
         self.dim = self.network.text_projection.shape[1]
         self.fingerprint = weights_fingerprint(self.network)
-        mean, std = (torch.tensor(value, device=self.device)[:, None, None] for value in _normalisation(self.network))
+        visual = self.network.visual
+        mean, std = (torch.tensor(value, device=self.device)[:, None, None] for value in (visual.image_mean, visual.image_std))
         self._scale, self._shift = 1 / (255 * std), mean / std
 
     def __call__(self, images: Tensor) -> Features:
@@ -111,10 +113,6 @@ class ClipExtractor:
         """Return caption vectors, float32 (B, d)."""
         with strict_float32():
             return self.network.encode_text(self.tokenizer(captions).to(self.device))
-
-
-def _normalisation(network: typing.Any) -> tuple[typing.Any, typing.Any]:
-    return network.visual.image_mean, network.visual.image_std
 
 
 class DigitsExtractor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -120,6 +121,7 @@ def _shapes(data: ShapesData, teacher: Teacher, conditioner: PromptConditioner) 
         encoders=conditioner.fingerprint,
         autoencoder=teacher.codec.fingerprint,
         captions=captions,
+        images=hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),
         constants=_plain(conditioner),
     )
 

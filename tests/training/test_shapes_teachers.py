@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
+from small_teachers import small
 
 import diffdistill as dd
 from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_images, draw_scenes, parse_captions, shapes
 from diffdistill.errors import UserError
-from diffdistill.evaluation.features import ClipExtractor
+from diffdistill.evaluation.collect import collect
+from diffdistill.evaluation.features import CallableExtractor, ClipExtractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.shapes_detector import obeyed
 from diffdistill.math.schedules import VPSchedule
 from diffdistill.models.condition import Condition
 from diffdistill.models.loading import load_teacher
-from diffdistill.training.teachers import clip, load_teacher_config, parse_teacher_config, parts, text_diffusion, train_teacher
+from diffdistill.training.teachers import clip, parts, text_diffusion, train_teacher
 from diffdistill.training.teachers.words import clip_tokenizer
-
-CONFIGS = Path(__file__).parents[2] / "configs" / "teachers"
-
-
-def small(name: str, steps: int = 2, **changes):
-    values = load_teacher_config(CONFIGS / f"{name}.yaml").model_dump(mode="json")
-    values["fit"] |= {"steps": steps, "batch_size": 8, "warmup_steps": 1}
-    return parse_teacher_config(values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +213,31 @@ def test_the_protocol_scores_captions_and_knows_the_drawn_images(trained, monkey
     assert again.values["clip_score"] == found.values["clip_score"] and again.values["fid"] == found.values["fid"]
 
 
-def test_a_folder_without_a_clip_is_one_clear_message(tmp_path) -> None:
-    with pytest.raises(UserError, match="no readable folder of open_clip"):
-        ClipExtractor(tmp_path, "mine")
+def test_a_folder_without_a_clip_or_without_its_weights_is_one_clear_message(trained, tmp_path) -> None:
+    shutil.copytree(trained / "clip", tmp_path / "bare")
+    (tmp_path / "bare" / "open_clip_model.safetensors").unlink()  # open_clip alone would take random weights
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "bare"):
+        with pytest.raises(UserError, match="no readable folder of open_clip"):
+            ClipExtractor(tmp_path / name, "mine")
+
+
+def test_captions_are_skipped_by_an_extractor_that_does_not_read() -> None:
+    drawn = shapes(4)
+    extractor = CallableExtractor(lambda images: images.float().mean((2, 3)), "means", "0" * 64, 3)
+    sample = collect(extractor, to_uint8(drawn.images), captions=drawn.scenes.captions())
+    assert sample.texts is None and bool(sample.obeyed.all())
+
+
+def test_the_shipped_autoencoder_keeps_what_images_show() -> None:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(parts.ASSETS / "shapes-sd" / "vae")
+    drawn = shapes(1000, seed=5, only_trained=False)
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in drawn.images.split(250)])
+    share = obeyed(to_uint8(decoded.clamp(-1, 1)), drawn.scenes).relation.double().mean().item()
+    assert share == pytest.approx(0.966, abs=0.004)  # the number of docs/teachers.md
 
 
 def test_a_missing_autoencoder_is_one_clear_message(tmp_path) -> None:

@@ -1,11 +1,11 @@
 import copy
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from small_teachers import CONFIGS, small
 from torch import nn
 
 from diffdistill.data.batches import keyed_generator
@@ -31,7 +31,6 @@ from diffdistill.training.teachers.fit import lr_factor, update_ema
 from diffdistill.training.teachers.parts import ASSETS
 from diffdistill.training.teachers.registry import KINDS
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "teachers"
 SHIPPED = {
     "digits-unet": "digits-unet",
     "digits-dit": "digits-dit",
@@ -39,13 +38,6 @@ SHIPPED = {
     "digits-vae": "digits-dit/vae",
     "shapes-vae": "shapes-sd/vae",
 }
-
-
-def small(name: str, steps: int = 3, **changes):
-    """The shipped config with a short training."""
-    values = load_teacher_config(CONFIGS / f"{name}.yaml").model_dump(mode="json")
-    values["fit"] |= {"steps": steps, "batch_size": 16, "warmup_steps": 1}
-    return parse_teacher_config(values | changes)
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,8 @@ class TextDiffusionConfig(TrainingConfig):
         return self
 
 
-class Student(nn.Module):
-    """What is trained together."""
+class Trainable(nn.Module):
+    """The network and its text encoder, which are trained together."""
 
     def __init__(self, network: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -143,9 +143,9 @@ class _Model(NamedTuple):
     denoiser: NetworkDenoiser
 
     @property
-    def trained(self) -> Student:
+    def trained(self) -> Trainable:
         """The network and the text encoder."""
-        return Student(self.denoiser.network, self.pipeline.text_encoder)
+        return Trainable(self.denoiser.network, self.pipeline.text_encoder)
 
     def condition(self, captions: list[str]) -> Condition:
         """Return the condition of B captions as the stock pipeline encodes them, with gradients where they are on."""
