@@ -48,9 +48,7 @@ class TextDiffusionConfig(TrainingConfig):
     text_config: dict[str, Any] = Field(
         description="keyword arguments of the text encoder's configuration, CLIPTextConfig or T5Config, without those of its vocabulary"
     )
-    max_tokens: int = Field(
-        16, gt=2, description="tokens of a caption, start and end included; PixArt's pipeline pads to 120 whatever it is"
-    )
+    max_tokens: int = Field(16, gt=2, description="tokens of a caption, start and end included")
     scheduler_config: dict[str, Any] = Field(
         description="keyword arguments of diffusers' DDIMScheduler; its prediction_type is what the network learns"
     )
