@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.images import check_uint8_images
+from diffdistill.models.fingerprint import weights_fingerprint
 
 SHAPES_FOLDER = Path(__file__).parents[1] / "assets" / "shapes-clip"
 DIGITS_FOLDER = Path(__file__).parents[1] / "assets" / "digits-classifier"
@@ -38,16 +38,6 @@ class FeatureExtractor(typing.Protocol):
     def __call__(self, images: Tensor) -> Features:
         """Return the features of uint8 images (B, C, H, W)."""
         ...
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """Return the hex sha256 over name, dtype, shape and bytes of every parameter and buffer, in order of name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}|".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b"")
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffdistill.models.fingerprint import weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,7 @@ class Codec:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the autoencoder's weights; empty for a pixel model."""
-        if self.vae is None:
-            return ""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return "" if self.vae is None else weights_fingerprint(self.vae)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

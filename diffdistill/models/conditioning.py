@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ class Conditioner(Protocol):
         """The empty value by name, (1, ...); no entry where the model was never trained with one."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the networks that read what is asked for; empty where none does."""
+        ...
+
     def values(self, asked: Asked, batch_size: int | None = None) -> dict[str, Tensor]:
         """Return the named tensors of what is asked for, (B, ...)."""
         ...
@@ -53,11 +58,13 @@ class ClassConditioner:
         classes: number of classes and the null label.
         path: of the teacher, for messages.
         device: of the labels.
+        fingerprint: empty, since no network reads labels.
     """
 
     classes: Classes
     path: str
     device: torch.device
+    fingerprint: ClassVar[str] = ""
 
     @property
     def conditioning(self) -> Conditioning:

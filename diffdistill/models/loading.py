@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffdistill.errors import UserError
+from diffdistill.files import hash_json
 from diffdistill.math.schedules import EDMSchedule
 from diffdistill.models import conditioning
 from diffdistill.models.codec import Codec
@@ -21,6 +22,7 @@ from diffdistill.models.condition import Condition
 from diffdistill.models.conditioning import Asked, ClassConditioner, Conditioner, PromptConditioner, quiet_dtype
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.families import FAMILIES
+from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.network import Classes, EDMDenoiser, Family, NetworkDenoiser
 
 EMBEDDED = ("digits-unet", "digits-dit")
@@ -73,6 +75,20 @@ class Teacher:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the decoded images."""
         return self.codec.image_shape(self.denoiser.sample_shape)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the hex SHA-256 of each part that decides the teacher's images, under the part's name in the pipeline.
+
+        Call it before roles are built: in the shared layout their adapters live in the same network.
+        """
+        settings = {name: value for name, value in self.scheduler_config.items() if name != "_diffusers_version"}
+        found = {
+            self.family.component: weights_fingerprint(self.network),
+            "scheduler": hash_json(settings),
+            "vae": self.codec.fingerprint,
+            "text_encoder": self.conditioner.fingerprint,
+        }
+        return {part: digest for part, digest in found.items() if digest}
 
     def condition(self, asked: Asked, batch_size: int | None = None) -> Condition:
         """Return the condition of class labels (B,) int64, of B prompts, or of none for `batch_size` unconditional samples.

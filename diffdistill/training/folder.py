@@ -64,6 +64,29 @@ class RunFolder:
                 + "\nResume with the old values, or start a new run in another output."
             )
 
+    def check_teacher(self, fingerprints: Mapping[str, str]) -> None:
+        """Refuse to go on with another teacher than the one the run was started with. Reads only.
+
+        Args:
+            fingerprints: of the parts of the teacher that the config names now, see `Teacher.fingerprints`.
+        Raises:
+            UserError: a part that differs, came or went; names both fingerprints of each.
+        """
+        started = next((session["teacher"] for session in self._sessions() if "teacher" in session), None)
+        if started is None:
+            return
+        changed = [
+            f"  {part}: {started.get(part, 'none')[:12]} -> {fingerprints.get(part, 'none')[:12]}"
+            for part in dict.fromkeys([*started, *fingerprints])
+            if started.get(part) != fingerprints.get(part)
+        ]
+        if changed:
+            raise UserError(
+                f"the teacher is not the one {self.path} was started with; by SHA-256:\n"
+                + "\n".join(changed)
+                + "\nPut the old one back in its place, or start a new run in another output."
+            )
+
     def lock(self) -> None:
         """Take the folder for this process until it ends or `unlock` is called.
 
@@ -93,14 +116,16 @@ class RunFolder:
     def begin(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write config and environment; a resumed run adds its environment to the list. Call with the lock held."""
         checkpoint.remove_leftovers(self.checkpoints)
-        sessions = []
-        if self.has_begun:
-            sessions = json.loads(self.environment.read_bytes()) if self.environment.is_file() else []
-        else:  # an attempt that failed at once may have left another config, and pairs made by it
+        sessions = self._sessions()
+        if not self.has_begun:  # an attempt that failed at once may have left another config, and pairs made by it
             self.pairs.unlink(missing_ok=True)
             self.trajectories.unlink(missing_ok=True)
             write_atomic(self.config, dump_config(config))
         write_json(self.environment, [*sessions, {**environment(), **facts}])
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        """Return the environments in which the run was started and resumed so far; none before it has begun."""
+        return json.loads(self.environment.read_bytes()) if self.has_begun and self.environment.is_file() else []
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and one cut short by a kill, so that a resumed run writes none twice."""

@@ -68,8 +68,8 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
         resume: go on from the newest good checkpoint in the folder; from the start where there is none yet.
         progress: whether anything is printed.
     Raises:
-        UserError: a folder in use, holding another run or other files; a config that differs from the one resumed (names the
-            fields); data or roles that do not fit the teacher; no good checkpoint among several.
+        UserError: a folder in use, holding another run or other files; a config or a teacher that differs from the one resumed
+            (names the fields, the parts); data or roles that do not fit the teacher; no good checkpoint among several.
         Stopped: SIGTERM or SIGINT came; the run is saved. Exit status 0.
         Diverged: losses or gradients were not finite too often; the last good checkpoint stays.
         MachineError: the disk is full or fails; the last good checkpoint stays.
@@ -162,6 +162,8 @@ class _Run:
             self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.wait_for_everyone
         )
         self.teacher = open_teacher(config, self.accelerator.device)
+        self.fingerprints = self.teacher.fingerprints()
+        self.folder.check_teacher(self.fingerprints)
         self.source = build_source(config, self.teacher, processes)
         stored = config.pairs is not None and config.pairs.path is not None
         self.pairs = build_pairs(config, self.teacher, self.folder.pairs) if stored else None
@@ -181,7 +183,8 @@ class _Run:
     def _begin(self) -> None:
         """Write the folder's first files, make the pairs or trajectories that the config asks for, open log and progress."""
         if self.is_main:
-            self.folder.begin(self.config, {"processes": self.accelerator.num_processes, "micro_batch_size": self.size})
+            facts = {"processes": self.accelerator.num_processes, "micro_batch_size": self.size, "teacher": self.fingerprints}
+            self.folder.begin(self.config, facts)
         self.accelerator.wait_for_everyone()
         if self.config.pairs is not None and self.config.pairs.num is not None:
             self.pairs = self._made_once(lambda: build_pairs(self.config, self.teacher, self.folder.pairs))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.features import (
@@ -10,18 +9,7 @@ from diffdistill.evaluation.features import (
     DigitsExtractor,
     load_extractor,
     strict_float32,
-    weights_fingerprint,
 )
-
-
-def test_fingerprint_follows_weights_and_names():
-    network = nn.Linear(3, 2)
-    before = weights_fingerprint(network)
-    assert weights_fingerprint(network) == before
-    with torch.no_grad():
-        network.weight[0, 0] += 1e-6
-    assert weights_fingerprint(network) != before
-    assert weights_fingerprint(nn.Sequential(network)) != weights_fingerprint(network)
 
 
 def test_digits_extractor_gives_float32_features_without_gradient():

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from test_checkpoint import flip, truncate
 from tiny_runs import METHODS, Nursery, final_hashes, run_config, run_values, save_teacher, start
 
@@ -264,6 +265,31 @@ def test_an_edited_run_folder_is_noticed(teacher, tmp_path):
     file.write_text(file.read_text().replace("seed: 0", "seed: 4", 1))
     with pytest.raises(UserError, match="was made with another config than .*config.yaml, which must have been edited"):
         train(run_config(teacher, tmp_path / "run", steps=2, seed=4), resume=True, progress=False)
+
+
+def test_a_teacher_replaced_under_its_path_is_noticed(tmp_path, monkeypatch):
+    folder = save_teacher(tmp_path / "t")
+    signal_at(monkeypatch, (0, 0), (0, 1))
+    config = run_config(folder, tmp_path / "run", steps=3)
+    with pytest.raises(Stopped):
+        train(config, progress=False)
+    save_teacher(folder)  # the same teacher, written once more
+    with pytest.raises(Stopped):
+        train(config, resume=True, progress=False)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = load_teacher(folder).fingerprints()
+    rewrite(weights, lambda tensors: {name: value + (name == "conv_out.bias") for name, value in tensors.items()})
+    after = load_teacher(folder).fingerprints()
+    with pytest.raises(UserError) as caught:
+        train(config, resume=True, progress=False)
+    assert f"  unet: {before['unet'][:12]} -> {after['unet'][:12]}\n" in str(caught.value)
+    assert "scheduler" not in str(caught.value) and before["scheduler"] == after["scheduler"]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == 2  # nothing was trained
+
+
+def rewrite(path, change):
+    """Replace the tensors of a safetensors file by what `change` makes of them."""
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
 def test_a_run_folder_may_be_moved(teacher, tmp_path):
