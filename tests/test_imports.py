@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": MODELS,
     "sampling": DATA,
     "distillers": SAMPLING,
-    "evaluation": SAMPLING,
+    "evaluation": SAMPLING | READING,
     "export": SAMPLING,
     "training.optimizers": BASE,
     "config": DISTILLERS | READING | {"training.optimizers"},

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from torch import Tensor
 
 from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_scenes
-from diffdistill.errors import UserError, did_you_mean, unknown_name
+from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.metrics import METRICS
 from diffdistill.files import hash_json
+from diffdistill.mistakes import checked
+from diffdistill.yaml_files import read_yaml
 
 PROTOCOLS_FOLDER = Path(__file__).parent / "protocols"
 LABEL_STREAM = 1 << 40  # keeps the generator of an image's label apart from that of its noise
@@ -25,22 +26,22 @@ class Protocol(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="What the protocol is called; the only field that is not part of the hash.")
-    dataset: str = Field(description="The data set the images imitate.")
-    num_images: int = Field(ge=2, description="Images in one block of seeds.")
-    first_seeds: tuple[int, ...] = Field(min_length=1, description="First seed of each block; image i adds i to it.")
+    name: str = Field(description="what the protocol is called; the only field that is not part of the hash")
+    dataset: str = Field(description="the data set the images imitate")
+    num_images: int = Field(ge=2, description="images in one block of seeds")
+    first_seeds: tuple[int, ...] = Field(min_length=1, description="first seed of each block; image i adds i to it")
     label_rule: Literal["balanced", "random", "shapes"] = Field(
         description="balanced: class i % num_classes for image i; random: uniform, from the image's own seed; shapes: captions "
-        "drawn from the first seed of the block, held-out pairs among them."
+        "drawn from the first seed of the block, held-out pairs among them"
     )
-    num_classes: int = Field(ge=1, description="Number of classes the labels run over; 1 for an unconditional model.")
-    uint8_rule: Literal["round"] = Field(description="round: round((clip(x) + 1) * 127.5), see images.to_uint8.")
-    extractor: str = Field(description="Name of the feature extractor, one of features.EXTRACTORS or the caller's own.")
-    reference: str = Field(description="Name of the set of real images, one of reference.REFERENCES.")
-    metrics: tuple[str, ...] = Field(min_length=1, description="Names in metrics.METRICS.")
-    jackknife_groups: int = Field(ge=2, description="Groups of images for the error of the Frechet distance.")
-    metric_seed: int = Field(ge=0, description="Seed of the random subsets inside metrics.")
-    numerics: Literal[1] = Field(1, description="Raised when the code of a metric starts to give other numbers.")
+    num_classes: int = Field(ge=1, description="number of classes the labels run over; 1 for an unconditional model")
+    uint8_rule: Literal["round"] = Field(description="round: round((clip(x) + 1) * 127.5), see images.to_uint8")
+    extractor: str = Field(description="name of the feature extractor, one of features.EXTRACTORS or the caller's own")
+    reference: str = Field(description="name of the set of real images, one of reference.REFERENCES")
+    metrics: tuple[str, ...] = Field(min_length=1, description="names in metrics.METRICS")
+    jackknife_groups: int = Field(ge=2, description="groups of images for the error of the Frechet distance")
+    metric_seed: int = Field(ge=0, description="seed of the random subsets inside metrics")
+    numerics: Literal[1] = Field(1, description="raised when the code of a metric starts to give other numbers")
 
     @field_validator("metrics")
     @classmethod
@@ -125,22 +126,6 @@ def load_protocol(name: str | Path) -> Protocol:
         if str(name) not in protocol_names():
             raise unknown_name("protocol", str(name), protocol_names())
         path = PROTOCOLS_FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no protocol file {path}. Write one, or name one of: {', '.join(protocol_names())}.")
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} must hold a mapping of fields; got {type(fields).__name__}.")
-    try:
-        return Protocol(**fields)
-    except ValidationError as error:
-        raise UserError(f"{path} is not a protocol:\n" + "\n".join(map(_explain, error.errors()))) from error
-
-
-def _explain(error: Any) -> str:
-    place = ".".join(map(str, error["loc"])) or "protocol"
-    if error["type"] == "extra_forbidden":
-        return f"  {place}: unknown field.{did_you_mean(place, Protocol.model_fields)}"
-    return f"  {place}: {error['msg'].removeprefix('Value error, ')}"
+    return checked(TypeAdapter(Protocol), read_yaml(path, example="dataset: digits"), str(path))

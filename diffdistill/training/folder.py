@@ -19,6 +19,7 @@ from diffdistill.config import RunConfig, dump_config
 from diffdistill.errors import UserError
 from diffdistill.files import hash_json, write_atomic, write_json
 from diffdistill.training import checkpoint
+from diffdistill.yaml_files import read_yaml
 
 LIBRARIES = ("diffdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -57,7 +58,7 @@ class RunFolder:
             return
         if not resume:
             raise UserError(f"{self.path} already holds a run. Go on with it by --resume, or choose another output.")
-        if changed := differences(yaml.safe_load(self.config.read_text(encoding="utf-8")), comparable(config)):
+        if changed := differences(read_yaml(self.config), comparable(config)):
             raise UserError(
                 f"the config differs from the one {self.path} was started with:\n"
                 + "\n".join(f"  {line}" for line in changed)

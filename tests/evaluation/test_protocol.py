@@ -99,8 +99,11 @@ def test_errors_of_a_file_come_all_at_once_with_hints(tmp_path):
     path.write_text(text.replace("num_images:", "num_image:").replace("balanced", "even"))
     with pytest.raises(UserError) as error:
         load_protocol(path)
-    assert "num_image: unknown field. Did you mean 'num_images'?" in str(error.value)
-    assert "label_rule" in str(error.value)
+    text = str(error.value)
+    assert text.startswith(f"{path} has 3 mistakes:\n")
+    assert "num_image: unknown key. Did you mean 'num_images'?" in text
+    assert "num_images: is missing (images in one block of seeds)." in text
+    assert "label_rule: must be 'balanced', 'random' or 'shapes'; got 'even'." in text
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", ""])
