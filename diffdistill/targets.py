@@ -17,6 +17,7 @@ from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.models.network import FamilyDenoiser
 from diffdistill.sampling import stock
 from diffdistill.sampling.generate import Generate, image_generator
 from diffdistill.sampling.sampler import DrawsNoise, Sampler
@@ -181,17 +182,17 @@ def _export(name: str, path: Path) -> Target:
     return Target(name, "export", teacher, denoiser, make, manifest.step_counts[0])
 
 
-def _with_adapter(teacher: Teacher, path: Path) -> Denoiser:
+def _with_adapter(teacher: Teacher, path: Path) -> FamilyDenoiser:
     from peft import PeftModel
 
     try:
         merged = PeftModel.from_pretrained(teacher.network, str(path)).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the adapter in {path}: {error}") from error
-    return teacher.denoiser.with_network(merged.eval().requires_grad_(False))  # type: ignore[attr-defined]
+    return teacher.denoiser.with_network(merged.eval().requires_grad_(False))
 
 
-def _with_lora(teacher: Teacher, manifest: Manifest, path: Path) -> Denoiser:
+def _with_lora(teacher: Teacher, manifest: Manifest, path: Path) -> FamilyDenoiser:
     """Return the base with a LoRA file merged in, read as the stock pipeline reads it."""
     import diffusers
 
@@ -203,7 +204,7 @@ def _with_lora(teacher: Teacher, manifest: Manifest, path: Path) -> Denoiser:
         network.unload_lora()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the LoRA in {path}: {error}") from error
-    return teacher.denoiser.with_network(network.eval().requires_grad_(False))  # type: ignore[attr-defined]
+    return teacher.denoiser.with_network(network.eval().requires_grad_(False))
 
 
 def _pipeline(name: str, solver: str) -> Target:

@@ -5,9 +5,14 @@ It hides the family, the prediction type, input scaling and the network's own ti
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import Schedule, change_coordinates
@@ -40,7 +45,48 @@ class Denoiser(ABC):
         return InSchedule(self, schedule)
 
 
-class InSchedule(Denoiser):
+RoleContext = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class OfNetwork(Denoiser):
+    """A denoiser made of a network that can be trained, seen in a role: what roles are made of.
+
+    Attributes:
+        network: the module; several denoisers may share one (roles as views).
+        role: context entered around every call of the network; sets the active adapter and nothing else.
+    """
+
+    network: nn.Module
+    role: RoleContext = field(default=contextlib.nullcontext, kw_only=True)
+
+    def with_network(self, network: nn.Module) -> Self:
+        """Return the same denoiser around another network of the same shape."""
+        return replace(self, network=network)
+
+    def with_role(self, role: RoleContext) -> Self:
+        """Return the same network seen in a role."""
+        return replace(self, role=role)
+
+
+class View(Denoiser):
+    """Another denoiser, seen through a change of its input or its answer.
+
+    Attributes:
+        inner: that denoiser.
+    """
+
+    inner: Denoiser
+
+
+def network_of(denoiser: Denoiser) -> nn.Module | None:
+    """Return the network at the bottom of a denoiser, behind all views; None for an oracle."""
+    while isinstance(denoiser, View):
+        denoiser = denoiser.inner
+    return denoiser.network if isinstance(denoiser, OfNetwork) else None
+
+
+class InSchedule(View):
     """A view of a denoiser on another Gaussian path: x' = x alpha'(t')/alpha(t), lambda'(t') = lambda(t); x0 is unchanged."""
 
     def __init__(self, inner: Denoiser, schedule: Schedule) -> None:

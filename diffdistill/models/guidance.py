@@ -14,7 +14,7 @@ from torch import Tensor
 from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import expand
 from diffdistill.models.condition import Condition
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import Denoiser, View
 
 
 class Interval(NamedTuple):
@@ -29,7 +29,7 @@ def guide(cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
     return null + expand(scale, null) * (cond - null)
 
 
-class Guided(Denoiser):
+class Guided(View):
     """A denoiser under guidance; both branches run as one batch of 2B."""
 
     def __init__(self, inner: Denoiser, scale: float | Tensor, interval: Interval | None = None) -> None:

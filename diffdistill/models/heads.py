@@ -18,17 +18,18 @@ from diffdistill.errors import UserError, unknown_name
 from diffdistill.math.prediction import Prediction
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser, InSchedule
+from diffdistill.models.network import FamilyDenoiser
 
 
 class _TapReached(Exception):
     """Raised by the tap's hook to leave the network early, caught in `features`."""
 
 
-def _of_network(denoiser: Denoiser) -> Any:
+def _of_network(denoiser: Denoiser) -> FamilyDenoiser:
     """Return the network's own denoiser behind views in other schedules."""
     while isinstance(denoiser, InSchedule):
         denoiser = denoiser.inner
-    if not isinstance(getattr(denoiser, "network", None), nn.Module) or not hasattr(denoiser, "family"):
+    if not isinstance(denoiser, FamilyDenoiser):
         raise UserError(
             f"{type(denoiser).__name__} has no network whose features could be read; give the denoiser of a "
             "network, without guidance around it."

@@ -20,10 +20,9 @@ from diffdistill.models import conditioning
 from diffdistill.models.codec import Codec
 from diffdistill.models.condition import Condition
 from diffdistill.models.conditioning import Asked, ClassConditioner, Conditioner, PromptConditioner, quiet_dtype
-from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.fingerprint import weights_fingerprint
-from diffdistill.models.network import Classes, EDMDenoiser, Family, NetworkDenoiser
+from diffdistill.models.network import Classes, EDMDenoiser, Family, FamilyDenoiser, NetworkDenoiser
 
 EMBEDDED = ("digits-unet", "digits-dit")
 
@@ -45,7 +44,7 @@ class Teacher:
         conditioner: makes conditions of labels or prompts.
     """
 
-    denoiser: Denoiser
+    denoiser: FamilyDenoiser
     family: Family
     network: nn.Module
     codec: Codec
@@ -211,7 +210,7 @@ def load_teacher(
         codec = Codec(_load_part(folder, "vae", index["vae"][1], variant).to(device).eval().requires_grad_(False))
     shape = _sized(family.sample_shape(network), codec.downscale, size, folder)
     schedule, kind = family.path(network, scheduler, shape)
-    denoiser: Denoiser
+    denoiser: FamilyDenoiser
     if isinstance(schedule, EDMSchedule):
         denoiser = EDMDenoiser(network, family, schedule, shape, getattr(scheduler.config, "sigma_data", 0.5))
     else:

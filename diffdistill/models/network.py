@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from diffdistill.math.prediction import Prediction, edm_preconditioning
 from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, expand, schedule_from_diffusers
 from diffdistill.models.condition import Condition
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import OfNetwork
 from diffdistill.models.extras import feeding
 
 
@@ -105,28 +103,21 @@ def _like_weights(network: nn.Module, x: Tensor) -> Tensor:
     return x.to(first.dtype)
 
 
-RoleContext = Callable[[], AbstractContextManager[Any]]
-
-
 @dataclass(frozen=True)
-class NetworkDenoiser(Denoiser):
-    """A network on a schedule, seen in a role.
+class NetworkDenoiser(OfNetwork):
+    """A network on a schedule.
 
     Attributes:
-        network: the module; several denoisers may share one (roles as views).
-        family: its calling convention.
+        family: the network's calling convention.
         schedule: the path its states live on.
         kind: what the network emits, see `math.prediction`.
         sample_shape: (C, H, W).
-        role: context entered around every call; sets the active adapter and nothing else.
     """
 
-    network: nn.Module
     family: Family
     schedule: Schedule
     kind: str
     sample_shape: tuple[int, ...]
-    role: RoleContext = contextlib.nullcontext
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         """Return the prediction at x_t, (B, C, H, W), at times t (B,); raw output in the network's dtype."""
@@ -141,25 +132,15 @@ class NetworkDenoiser(Denoiser):
             return 1000 * self.schedule.sigma(t)
         return t.clamp(min=0)
 
-    def with_network(self, network: nn.Module) -> NetworkDenoiser:
-        """Return the same denoiser around another network of the same shape."""
-        return NetworkDenoiser(network, self.family, self.schedule, self.kind, self.sample_shape, self.role)
-
-    def with_role(self, role: RoleContext) -> NetworkDenoiser:
-        """Return the same network seen in a role."""
-        return NetworkDenoiser(self.network, self.family, self.schedule, self.kind, self.sample_shape, role)
-
 
 @dataclass(frozen=True)
-class EDMDenoiser(Denoiser):
+class EDMDenoiser(OfNetwork):
     """An EDM-preconditioned network: D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma)/4). Source: arXiv:2206.00364, Eq. 7."""
 
-    network: nn.Module
     family: Family
     schedule: Schedule
     sample_shape: tuple[int, ...]
     sigma_data: float = 0.5
-    role: RoleContext = contextlib.nullcontext
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         """Return the prediction at x_t on the variance-exploding path, as a "sample" prediction."""
@@ -170,10 +151,6 @@ class EDMDenoiser(Denoiser):
         x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.float32)
         return Prediction("sample", x0, x_t, alpha, sigma)
 
-    def with_network(self, network: nn.Module) -> EDMDenoiser:
-        """Return the same denoiser around another network of the same shape."""
-        return EDMDenoiser(network, self.family, self.schedule, self.sample_shape, self.sigma_data, self.role)
 
-    def with_role(self, role: RoleContext) -> EDMDenoiser:
-        """Return the same network seen in a role."""
-        return EDMDenoiser(self.network, self.family, self.schedule, self.sample_shape, self.sigma_data, role)
+FamilyDenoiser = NetworkDenoiser | EDMDenoiser
+"""Denoisers of a diffusers network, which know its family."""

@@ -34,9 +34,10 @@ from diffdistill.models.adapters import (
     merged_state,
     role_context,
 )
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import Denoiser, OfNetwork, network_of
 from diffdistill.models.extras import add_extra_inputs, extra_inputs_of
 from diffdistill.models.guidance_adapters import GuidanceAdapterSpec, add_guidance_adapters, muted
+from diffdistill.models.network import FamilyDenoiser
 
 Layout = Literal["copies", "shared"]
 
@@ -178,7 +179,7 @@ class Roles:
             UserError: no network of these roles supports it.
         """
         denoisers = [self.teacher, *self._denoisers.values()]
-        networks = {id(network): network for network in map(_network_or_none, denoisers) if network is not None}
+        networks = {id(network): network for network in map(network_of, denoisers) if network is not None}
         able = [network for network in networks.values() if getattr(network, "_supports_gradient_checkpointing", False)]
         if not able:
             raise UserError(
@@ -228,7 +229,7 @@ def build_roles(
             "the network to build roles from holds adapters already; load it afresh, or merge them "
             "(Roles.network_state) into a plain network first."
         )
-    presets = getattr(getattr(source, "family", None), "lora_targets", {})
+    presets = source.family.lora_targets if isinstance(source, FamilyDenoiser) else {}
     if guidance_adapters is not None:
         _check_guidance_adapters(names, layout, lora, extra_inputs)
     if layout == "shared":
@@ -237,7 +238,7 @@ def build_roles(
                 "layout 'shared' keeps one network and tells roles apart by adapters, so it needs lora settings. "
                 "Set lora, or use layout 'copies'."
             )
-        if _network_or_none(teacher) is not network:
+        if network_of(teacher) is not network:
             raise UserError(
                 "layout 'shared' takes the teacher to be the shared network with adapters off, so template and "
                 "teacher must hold one network. Leave template out, or use layout 'copies'."
@@ -377,18 +378,9 @@ def _check_names(names: Sequence[str], lora: LoraSpec | None) -> None:
             raise unknown_name("role", name, names, "lora.ranks")
 
 
-def _network_or_none(denoiser: Any) -> nn.Module | None:
-    """Return the network at the bottom of a denoiser, through views that hold another as `inner`; None for an oracle."""
-    while not isinstance(getattr(denoiser, "network", None), nn.Module):
-        denoiser = getattr(denoiser, "inner", None)
-        if denoiser is None:
-            return None
-    return denoiser.network
-
-
-def _network(denoiser: Any) -> nn.Module:
+def _network(denoiser: Denoiser) -> nn.Module:
     """Return the network a denoiser is made of; UserError where roles cannot be made of it."""
-    if not isinstance(getattr(denoiser, "network", None), nn.Module) or not hasattr(denoiser, "with_network"):
+    if not isinstance(denoiser, OfNetwork):
         raise UserError(f"{type(denoiser).__name__} has no network to make roles of; give build_roles a template that has one.")
     return denoiser.network
 
@@ -403,7 +395,7 @@ def _with_extra_inputs(denoiser: Any, names: Sequence[str]) -> Any:
 
 
 def _freeze(teacher: Denoiser) -> None:
-    network = _network_or_none(teacher)
+    network = network_of(teacher)
     if network is not None:
         network.eval().requires_grad_(False)
 

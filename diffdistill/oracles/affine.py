@@ -6,11 +6,7 @@ compared with the closed form. Role machinery sees an ordinary denoiser around a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +14,7 @@ from torch import Tensor, nn
 from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import Schedule, expand
 from diffdistill.models.condition import Condition
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import Denoiser, OfNetwork
 from diffdistill.oracles.gaussian import GaussianTeacher, row_of
 
 
@@ -57,21 +53,17 @@ def _num_rows(base: GaussianTeacher) -> int:
 
 
 @dataclass(frozen=True)
-class AffineDenoiser(Denoiser):
+class AffineDenoiser(OfNetwork):
     """base(x_t, t, c) + table(x_t / sqrt(alpha^2 + sigma^2), t, c), both in the base's output type.
 
     A fresh one equals its base exactly, at all times; at the nodes it can become any map that is affine per coordinate.
     Make one with `AffineDenoiser.around(base, nodes)`.
 
     Attributes:
-        network: the table; the only thing that trains.
-        base: the frozen Gaussian teacher.
-        role: context entered around every call of the network.
+        base: the frozen Gaussian teacher; of the two only the network, an `AffineTable`, trains.
     """
 
-    network: nn.Module
     base: GaussianTeacher
-    role: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     @staticmethod
     def around(base: GaussianTeacher, nodes: Tensor, dtype: torch.dtype = torch.float32) -> AffineDenoiser:
@@ -101,14 +93,6 @@ class AffineDenoiser(Denoiser):
         with self.role():
             correction = self.network(z, t, row)
         return Prediction(exact.kind, exact.raw + correction, x_t, exact.alpha, exact.sigma)
-
-    def with_network(self, network: nn.Module) -> AffineDenoiser:
-        """Return the same denoiser around another table."""
-        return AffineDenoiser(network, self.base, self.role)
-
-    def with_role(self, role: Callable[[], AbstractContextManager[Any]]) -> AffineDenoiser:
-        """Return the same table seen in a role."""
-        return AffineDenoiser(self.network, self.base, role)
 
 
 @torch.no_grad()

@@ -1,12 +1,17 @@
 """EDM preconditioning around a network: the scalings against the table, and the contract kept."""
 
+import contextlib
+
 import torch
 from small_networks import unet
 
 from diffdistill.math.schedules import EDMSchedule, RectifiedFlowSchedule, VPSchedule
 from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import network_of
 from diffdistill.models.families import FAMILIES
+from diffdistill.models.guidance import guided
 from diffdistill.models.network import EDMDenoiser, NetworkDenoiser
+from diffdistill.oracles.gaussian import GaussianTeacher
 
 SIGMA_DATA = 0.5
 
@@ -80,3 +85,26 @@ def test_extra_inputs_reach_the_network_and_stay_in_both_branches_of_guidance(tm
         torch.nn.init.normal_(parameter, std=0.1)
     assert not torch.allclose(net(x, t, cond).raw, before)
     guided(net, 2.0)(x, t, cond)
+
+
+def test_the_network_is_found_behind_views_and_an_oracle_has_none():
+    net = denoiser()
+    assert network_of(net) is net.network
+    assert network_of(guided(net.in_schedule(RectifiedFlowSchedule()), 2.0)) is net.network
+    oracle = GaussianTeacher(torch.zeros(1, 2, 2), 1.0, EDMSchedule())
+    assert network_of(oracle) is network_of(guided(oracle, 2.0)) is None
+
+
+def test_another_network_keeps_the_role_and_another_role_the_network():
+    entered = []
+
+    def role(name):
+        return lambda: contextlib.nullcontext(entered.append(name))
+
+    net, batch = denoiser(), (torch.ones(1, 1, 2, 2), torch.ones(1, dtype=torch.float64), Condition.none(1))
+    first = net.with_role(role("first"))
+    other = first.with_network(Recorder())
+    assert first.network is net.network and other.network is not net.network
+    assert torch.equal(other(*batch).x0, net(*batch).x0) and entered == ["first"]
+    other.with_role(role("second"))(*batch)
+    assert entered == ["first", "second"]
