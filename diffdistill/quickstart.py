@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from diffdistill import api
 from diffdistill.config import RunConfig, dump_config, load_config
 from diffdistill.errors import MachineError, UserError
 from diffdistill.evaluation.evaluate import Evaluation
-from diffdistill.evaluation.report import ReportData, readme_picture, write_report
+from diffdistill.evaluation.report import ReportData, Tile, readme_picture, write_report
 from diffdistill.evaluation.table import Row, table
 from diffdistill.recipes import recipe_path
 from diffdistill.training.checkpoint import name as checkpoint_name
@@ -88,6 +88,7 @@ def run(output: str | Path = "runs/quickstart", short: bool = False, say: Say = 
         summary=f"The bundled digits teacher and three students of it. Best student: {best.name}, {best.steps} step(s), FID "
         f"{best_row.fid:.2f}, exported to {output / 'student'} and verified with stock diffusers.",
         rows=rows,
+        tiles=tiles(entries, rows),
         curves=_curves(rows),
         grids={f"{e.name}, {r.nfe:g} NFE": _pictures(e) for e, r in zip(entries, rows, strict=True) if _is_shown(e)},
         configs={config.output.name: dump_config(config) for config in configs},
@@ -143,6 +144,26 @@ def student_entries(config: RunConfig) -> Iterator[Entry]:
         fixed = stage.method.fixed_steps
         for steps in STEPS if fixed is None else (fixed,):
             yield Entry(stage.method.name, str(config.output), steps, checkpoint=checkpoint_name(done))
+
+
+def tiles(entries: Sequence[Entry], rows: Sequence[Row]) -> list[Tile]:
+    """Return the FID of the teacher at its full steps, then that of the best student at each step count.
+
+    Never the best of all rows: at one step the teacher's blurred means are classified best of all, and are no digits.
+    """
+    results = list(zip(entries, rows, strict=True))
+    teacher = [row for entry, row in results if not entry.is_student and entry.steps == REFERENCE_STEPS]
+    found = [_tile(f"teacher, {REFERENCE_STEPS} steps", teacher)]
+    for steps in STEPS:
+        students = [row for entry, row in results if entry.is_student and entry.steps == steps]
+        found.append(_tile(f"best student, {steps} step{'s' if steps > 1 else ''}", students))
+    return found
+
+
+def _tile(label: str, rows: Sequence[Row]) -> Tile:
+    """Return the row of the lowest FID as a tile."""
+    best = min(rows, key=lambda row: row.fid)
+    return Tile(label, f"FID {best.fid:.2f}", f"{best.method}, {best.nfe:g} NFE, accuracy {best.accuracy:.1%}")
 
 
 def _evaluate(entry: Entry) -> Evaluation:

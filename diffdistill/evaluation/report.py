@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +26,21 @@ SCHEMA = 1
 TEMPLATES_FOLDER = Path(__file__).parent / "templates"
 
 
+class Tile(NamedTuple):
+    """A figure to be seen first: what it is of, the figure, and what it was reached by."""
+
+    label: str
+    figure: str
+    by: str
+
+
 @dataclass(frozen=True)
 class ReportData:
     """Everything a report shows.
 
     Attributes:
         title: heading of the page. summary: a sentence below it, '' for none.
-        rows: the results, in the order shown.
+        rows: the results, in the order shown. tiles: what of them is shown large above the table.
         curves: (NFE, FID) points by name; all positive.
         grids: uint8 (N, 1 or 3, H, W) by name, from equal noise and labels, so that images at one place belong together.
         configs: YAML text by name.
@@ -49,6 +57,7 @@ class ReportData:
     verification: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
+    tiles: Sequence[Tile] = ()
 
     def __post_init__(self) -> None:
         check_curves(self.curves)
@@ -60,6 +69,7 @@ class ReportData:
             "title": self.title,
             "summary": self.summary,
             "rows": [asdict(row) for row in self.rows],
+            "tiles": [tile._asdict() for tile in self.tiles],
             "curves": {name: [{"nfe": nfe, "fid": fid} for nfe, fid in points] for name, points in self.curves.items()},
             "facts": dict(self.facts),
             "configs": dict(self.configs),
@@ -95,7 +105,6 @@ def report_html(data: ReportData) -> str:
         data=data,
         titles=[column.title for column in columns],
         rows=_cells(data.rows, columns),
-        tiles=_tiles(data.rows),
         curves=[(name, sorted(points), Markup(marker_svg(index))) for index, (name, points) in enumerate(data.curves.items())],
         curves_svg=Markup(curves_svg(data.curves)) if any(data.curves.values()) else "",
         grids=[_grid(name, images) for name, images in data.grids.items()],
@@ -115,26 +124,6 @@ def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[tuple[st
         [(column.text(row), column.title.startswith("FID") and row.fid is not None and row.fid == best) for column in columns]
         for row in rows
     ]
-
-
-def _tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Return (label, figure, method) of the headline figures: lowest FID, highest accuracy, fastest."""
-    wanted = (
-        ("lowest FID", "fid", 1, "{:.2f}"),
-        ("highest accuracy", "accuracy", -1, "{:.1%}"),
-        ("fastest", "ms_per_image", 1, "{:.3g} ms/image"),
-    )
-    tiles = []
-    for label, name, sign, form in wanted:
-        scored = [row for row in rows if getattr(row, name) is not None]
-        if len(scored) > 1:
-            best = min(scored, key=lambda row: sign * getattr(row, name))
-            tiles.append((label, form.format(getattr(best, name)), _described(best)))
-    return tiles
-
-
-def _described(row: Row) -> str:
-    return row.method if row.nfe is None else f"{row.method}, {row.nfe:g} NFE"
 
 
 def _grid(name: str, images: np.ndarray) -> dict[str, Any]:

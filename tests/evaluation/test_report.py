@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffdistill.evaluation.figures import curves_svg, image_grid
-from diffdistill.evaluation.report import ReportData, readme_picture, report_html, write_report
+from diffdistill.evaluation.report import ReportData, Tile, readme_picture, report_html, write_report
 from diffdistill.evaluation.table import Row
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -53,6 +53,7 @@ def data(name="dmd2"):
         verification=f"{name}: max difference 0",
         facts={"protocol": name},
         summary=f"A summary of {name}",
+        tiles=[Tile(f"best of {name}", "FID 7.25", "1 NFE")],
     )
 
 
@@ -83,7 +84,13 @@ def test_page_fetches_nothing(page):
 def test_texts_of_the_caller_are_escaped_and_unchanged(page):
     assert "<script>" not in report_html(data(NASTY))
     text = "".join(page.texts)
-    for expected in (f"Report of {NASTY}", f"# {NASTY}\nsteps: 1", f"pipe = load('{NASTY}')", f"{NASTY}: max difference 0"):
+    for expected in (
+        f"Report of {NASTY}",
+        f"best of {NASTY}",
+        f"# {NASTY}\nsteps: 1",
+        f"pipe = load('{NASTY}')",
+        f"{NASTY}: max difference 0",
+    ):
         assert expected in text
 
 
@@ -109,7 +116,9 @@ def test_page_and_json_show_the_same_numbers(tmp_path):
     assert report["schema"] == 1
     assert report["rows"][0]["fid"] == 3.14159
     assert report["curves"]["teacher"][0] == {"nfe": 50, "fid": 3.1}
+    assert report["tiles"] == [{"label": "best of dmd2", "figure": "FID 7.25", "by": "1 NFE"}]
     html = path.read_text()
+    assert '<p class="label">best of dmd2</p><p class="figure">FID 7.25</p><p class="by">1 NFE</p>' in html
     assert "3.14 ± 0.05" in html
     assert "98.8%" in html
     assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]
