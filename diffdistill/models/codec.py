@@ -49,11 +49,17 @@ class Codec:
         """SHA-256 of the autoencoder's weights; empty for a pixel model."""
         return "" if self.vae is None else weights_fingerprint(self.vae)
 
+    def offload(self) -> None:
+        """Move the autoencoder to the CPU; what is encoded or decoded next takes it back to its own device."""
+        if self.vae is not None:
+            self.vae.to("cpu")
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return states of images (B, C, H, W) in [-1, 1]: the mean of the latent, shifted and scaled to the model's range."""
         if self.vae is None:
             return images
+        self.vae.to(images.device)
         encoded = self.vae.encode(images.to(self.vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         return (latents.float() - self._shift) * self._scale
@@ -63,4 +69,5 @@ class Codec:
         """Return images, about [-1, 1], of states (B, C, H, W)."""
         if self.vae is None:
             return states
+        self.vae.to(states.device)
         return self.vae.decode((states / self._scale + self._shift).to(self.vae.dtype)).sample

@@ -165,6 +165,7 @@ class _Run:
         self.fingerprints = self.teacher.fingerprints()
         self.folder.check_teacher(self.fingerprints)
         self.source = build_source(config, self.teacher, processes)
+        self.teacher.codec.offload()
         stored = config.pairs is not None and config.pairs.path is not None
         self.pairs = build_pairs(config, self.teacher, self.folder.pairs) if stored else None
         self.roles = build_run_roles(config, self.teacher)
@@ -255,6 +256,8 @@ class _Run:
         if samples:
             self._show_samples(stage, engine)
         metrics = self._validate(engine) if validates else {}
+        if samples or validates:
+            self.teacher.codec.offload()
         if saves or stops or self._is_best(metrics):
             if ends:
                 self.skipped_before = skipped

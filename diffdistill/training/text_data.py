@@ -44,7 +44,7 @@ def texts(data: TextData) -> list[str]:
 def text_source(data: TextData, teacher: Teacher, processes: Processes = ALONE) -> CachedSource:
     """Return the rows of a data set as the teacher's network takes them, after whatever was missing has been encoded.
 
-    The text encoders are released; the null value stays.
+    The text encoders are released, the null value stays.
 
     Raises:
         UserError: a teacher that reads no text; files that are missing, empty or damaged; too many unreadable images.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from small_networks import dit, save, unet, vae
 
 from diffdistill.errors import UserError
 from diffdistill.math import grids
+from diffdistill.models.codec import Codec
 from diffdistill.models.condition import Condition
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import load_teacher
@@ -92,6 +94,29 @@ def test_dit_with_vae_and_guidance_makes_the_stock_pipelines_images(tmp_path, sc
         LABELS.tolist(), guidance_scale=scale, num_inference_steps=4, generator=generators(), output_type="pt"
     ).images
     torch.testing.assert_close(ours, images, atol=1e-4, rtol=0)
+
+
+def test_the_autoencoder_waits_on_the_cpu_and_works_where_the_images_are():
+    class Autoencoder(torch.nn.Module):
+        """Says where it is put; a machine without a second device has no other witness."""
+
+        dtype, config = torch.float32, SimpleNamespace(scaling_factor=2.0)
+
+        def __init__(self):
+            super().__init__()
+            self.places = []
+
+        def to(self, device):
+            self.places.append(torch.device(device).type)
+            return self
+
+        def decode(self, latents):
+            return SimpleNamespace(sample=latents)
+
+    codec = Codec(Autoencoder())
+    codec.offload()
+    codec.decode(torch.ones(1, 4, 2, 2, device="meta"))
+    assert codec.vae.places == ["cpu", "meta"]
 
 
 def test_codec_decodes_what_it_encodes_at_the_models_scale(tmp_path):
