@@ -121,7 +121,7 @@ def _trial(config: RunConfig, output: Path) -> RunConfig:
         stage.model_copy(
             update={
                 "steps": min(stage.steps, TRIED_STEPS),
-                "method": _without_warmup(stage.method),
+                "method": _with_few_trajectories(_without_warmup(stage.method), config.batch_size),
                 "optimizers": {role: _without_warmup(settings) for role, settings in stage.optimizers.items()},
             }
         )
@@ -141,6 +141,13 @@ def _trial(config: RunConfig, output: Path) -> RunConfig:
             "checkpoint": CheckpointConfig(every_steps=10**9, keep=1),
         }
     )
+
+
+def _with_few_trajectories(method: BaseModel, num: int) -> BaseModel:
+    spec = getattr(method, "trajectories", None)
+    if spec is None or spec.num is None:
+        return method
+    return method.model_copy(update={"trajectories": spec.model_copy(update={"num": min(spec.num, num)})})
 
 
 def _without_warmup(settings: BaseModel) -> BaseModel:

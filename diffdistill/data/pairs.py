@@ -24,8 +24,9 @@ class Pairs:
     Attributes:
         noise: (N, C, H, W) float32, standard normal: the state at the noisy end divided by its sigma.
         x0: (N, C, H, W) float32, where the teacher arrived: pixels, or latents where there is a codec.
-        labels: (N,) int64, or None for an unconditional teacher.
-        origin: how the pairs were made (teacher, sampler, guidance, seeds), plain JSON values; stored with them.
+        labels: (N,) int64, the class of each, or for a teacher that reads text the place of its text in the run's data; None for
+            an unconditional teacher.
+        origin: how the pairs were made (teacher, texts, sampler, guidance, seeds), plain JSON values; stored with them.
     Raises:
         UserError: shapes, dtypes or lengths that do not fit together, no pairs, or values that are not finite.
     """

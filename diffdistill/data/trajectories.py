@@ -37,8 +37,9 @@ class Trajectories:
         target: shape and dtype of x_t, the guided output in the network's own output type.
         t: (N, K) float64, the times.
         w: (N,) float64, the guidance of each trajectory, counted from 1.
-        labels: (N,) int64, or None for an unconditional teacher.
-        origin: how they were made (teacher, sampler, seeds), plain JSON values; stored with them.
+        labels: (N,) int64, the class of each, or for a teacher that reads text the place of its text in the run's data; None for
+            an unconditional teacher.
+        origin: how they were made (teacher, texts, sampler, seeds), plain JSON values; stored with them.
     Raises:
         UserError: shapes, dtypes or lengths that do not fit together, nothing stored, or values that are not finite.
     """

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from diffdistill.data.batches import derive_seed, keyed_generator, uniform_labels
+from diffdistill.data.batches import derive_seed, keyed_generator
 from diffdistill.data.trajectories import Trajectories
 from diffdistill.math import grids
 from diffdistill.math.prediction import Prediction
@@ -110,6 +110,7 @@ def guided_trajectories(
     w: Tensor,
     every: int = 1,
     dtype: torch.dtype = torch.float32,
+    labels: Tensor | None = None,
 ) -> Trajectories:
     """Run the teacher's sampler under guidance w and return every j-th state its network was asked at, and what guidance made of it.
 
@@ -120,6 +121,7 @@ def guided_trajectories(
         w: (B,) float64, counted from 1.
         every: j; divides the number of steps. Row i begins with call i mod j.
         dtype: float16 or float32, of the stored states.
+        labels: what `cond` was made of, (B,) int64, stored with the states.
     Source: AGD (arXiv:2503.07274), released code: the states that inference visits, in place of noised data.
     """
     if sampler.nfe != sampler.num_steps or sampler.num_steps % every:
@@ -129,41 +131,42 @@ def guided_trajectories(
         )
     writer = _WritesDown(guided(teacher, w), torch.arange(len(w)) % every, every, sampler.num_steps, dtype)
     sampler.sample(writer, noise, cond)
-    labels = cond.values.get("class_labels")
-    return Trajectories(writer.x_t, writer.target, writer.t, w.double().cpu(), None if labels is None else labels.cpu())
+    return Trajectories(writer.x_t, writer.target, writer.t, w.double().cpu(), labels)
 
 
 def make_trajectories(
     teacher: Denoiser,
     spec: TrajectorySpec,
     condition: Callable[[Tensor | None, int], Condition],
-    num_classes: int | None,
+    labels: Tensor | None,
     seed: int,
     device: torch.device | str = "cpu",
+    per_pass: int = PER_PASS,
 ) -> Trajectories:
-    """Return the trajectories of a specification: labels uniform, w uniform in its range, noise of each trajectory its own.
+    """Return the trajectories of a specification: w uniform in its range, noise of each trajectory its own.
 
     Args:
         teacher: unguided.
         spec: with `num` set.
         condition: (labels (B,) or None, B) -> condition on the device, such as `Teacher.condition`.
-        num_classes: None for an unconditional teacher.
+        labels: what each trajectory is asked for, (num,) int64 for `condition`; None for an unconditional teacher.
         seed: of the run.
         device: where the teacher is.
+        per_pass: trajectories made at a time, rounded to a multiple of `every`; changes no trajectory.
     """
     assert spec.num is not None, "trajectories that are read from path are not made"
     sampler = Sampler(grids.trailing(teacher.schedule, spec.steps), spec.rule, eta=spec.eta)
-    labels = None if num_classes is None else uniform_labels(spec.num, num_classes, keyed_generator(seed, "trajectory labels"))
     low, high = spec.guidance
     w = low + (high - low) * torch.rand(spec.num, generator=keyed_generator(seed, "trajectory guidance"), dtype=torch.float64)
     dtype = torch.float16 if spec.precision == "fp16" else torch.float32
-    per_pass = max(PER_PASS // spec.every, 1) * spec.every  # so that every pass begins with the same row's offset
+    per_pass = max(per_pass // spec.every, 1) * spec.every  # so that every pass begins with the same row's offset
     parts = []
     for start in range(0, spec.num, per_pass):
         rows = slice(start, min(spec.num, start + per_pass))
         seeds = [derive_seed(seed, "trajectory", k) for k in range(rows.start, rows.stop)]
-        cond = condition(None if labels is None else labels[rows], len(seeds))
-        parts.append(guided_trajectories(teacher, sampler, Noise(seeds, device), cond, w[rows].to(device), spec.every, dtype))
+        asked = None if labels is None else labels[rows]
+        cond, noise = condition(asked, len(seeds)), Noise(seeds, device)
+        parts.append(guided_trajectories(teacher, sampler, noise, cond, w[rows].to(device), spec.every, dtype, asked))
     origin = {"seed": seed, **spec.model_dump(mode="json", exclude={"path"})}
     whole = Trajectories.cat(parts)
     return Trajectories(whole.x_t, whole.target, whole.t, whole.w, whole.labels, origin)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 
 from diffdistill.config import RunConfig, StageConfig
-from diffdistill.data.trajectories import Trajectories
 from diffdistill.errors import UserError
 from diffdistill.export.plan import plan
 from diffdistill.training import checkpoint
@@ -26,7 +25,8 @@ from diffdistill.training.building import (
     open_teacher,
 )
 from diffdistill.training.checkpoint import Checkpoint
-from diffdistill.training.data_feed import build_pairs, build_source, build_trajectories, micro_batch_size
+from diffdistill.training.conditions import Conditions
+from diffdistill.training.data_feed import build_source, micro_batch_size
 from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder, config_hash
 from diffdistill.training.loading import load_roles, stored_roles
@@ -34,6 +34,7 @@ from diffdistill.training.optimizers import learning_rate
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress
 from diffdistill.training.stopping import Diverged, Stopped, StopSignals
+from diffdistill.training.stored import StoredStates, origin_of
 from diffdistill.training.text_data import Processes
 from diffdistill.training.tracking import Tracker
 
@@ -102,7 +103,6 @@ class _Run:
         self.skipped_before = 0
         self.last: dict[str, float] = {}
         self.saved: Path | None = None
-        self.trajectories: Trajectories | None = None
         self.started = time.perf_counter()
 
     # From beginning to end
@@ -166,9 +166,15 @@ class _Run:
         self.folder.check_teacher(self.fingerprints)
         self.source = build_source(config, self.teacher, processes)
         self.teacher.codec.offload()
-        stored = config.pairs is not None and config.pairs.path is not None
-        self.pairs = build_pairs(config, self.teacher, self.folder.pairs) if stored else None
         self.roles = build_run_roles(config, self.teacher)
+        origin = origin_of(self.teacher, self.fingerprints, self.source)
+        self.stored = StoredStates(self.roles.teacher, Conditions(self.teacher, self.source), origin, config.seed, self.size)
+        self.pairs, self.trajectories = None, None
+        self.spec = next((s.needs.trajectories for s in config.stages if s.needs.trajectories is not None), None)
+        if config.pairs is not None and config.pairs.path is not None:
+            self.pairs = self.stored.pairs(config.pairs, self.folder.pairs)
+        if self.spec is not None and self.spec.path is not None:
+            self.trajectories = self.stored.trajectories(self.spec, self.folder.trajectories)
         self.shadow = build_shadow(config, self.roles)
         samples, validation = config.samples, config.validation
         self.preview = None
@@ -187,12 +193,11 @@ class _Run:
             facts = {"processes": self.accelerator.num_processes, "micro_batch_size": self.size, "teacher": self.fingerprints}
             self.folder.begin(self.config, facts)
         self.accelerator.wait_for_everyone()
-        if self.config.pairs is not None and self.config.pairs.num is not None:
-            self.pairs = self._made_once(lambda: build_pairs(self.config, self.teacher, self.folder.pairs))
-        spec = next((s.needs.trajectories for s in self.config.stages if s.needs.trajectories is not None), None)
-        if spec is not None:
-            file, seed = self.folder.trajectories, self.config.seed
-            self.trajectories = self._made_once(lambda: build_trajectories(spec, self.teacher, self.roles.teacher, file, seed))
+        pairs, spec = self.config.pairs, self.spec
+        if pairs is not None and self.pairs is None:
+            self.pairs = self._made_once(lambda: self.stored.pairs(pairs, self.folder.pairs))
+        if spec is not None and self.trajectories is None:
+            self.trajectories = self._made_once(lambda: self.stored.trajectories(spec, self.folder.trajectories))
         if self.is_main:
             self.folder.cut_metrics(self.done)
         self.tracker = Tracker(self.folder, self.config.logging.tensorboard, self.done) if self.is_main else None

@@ -40,7 +40,7 @@ def real(family, layout="shared", **adapters):
         trajectories={"num": 12, "steps": 6, "every": 2, "precision": "fp32", "guidance": (1.0, 6.0)},
     )
     stored = make_trajectories(
-        base, config.trajectories, lambda labels, size: Condition.labels(labels, CLASSES), CLASSES, seed=0
+        base, config.trajectories, lambda labels, size: Condition.labels(labels, CLASSES), torch.arange(12) % CLASSES, seed=0
     )
     roles = build_roles(base, ("student",), layout, guidance_adapters=config.adapters)
     data = batch_of(stored, torch.arange(len(stored)), lambda labels, size: Condition.labels(labels, CLASSES))
@@ -197,7 +197,8 @@ def gaussian(variances, kind, w, num=16, num_steps=4):
     labels = torch.arange(2).repeat_interleave(num * len(w))
     all_w = torch.tensor(w, dtype=DTYPE).repeat_interleave(num).repeat(2)
     sampler = Sampler(grids.trailing(vp(), num_steps))
-    stored = guided_trajectories(base, sampler, Noise(range(len(labels))), condition(labels, len(labels)), all_w)
+    noise, cond = Noise(range(len(labels))), condition(labels, len(labels))
+    stored = guided_trajectories(base, sampler, noise, cond, all_w, labels=labels)
     roles = build_roles(base, ("student",), guidance_adapters=spec)
     config = AGDConfig(adapters=spec, trajectories=TrajectorySpec(guidance=(min(w), max(w))), guidance_input=w[0])
     return AGD(config, base, roles, 1), roles, stored

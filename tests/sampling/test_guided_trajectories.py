@@ -41,7 +41,7 @@ def teacher_of(name, kind="v_prediction"):
 def made(teacher, noise, num_steps, rule="ddim", every=1):
     labels = torch.tensor([0, 1, 1, 0])
     sampler = Sampler(grids.trailing(teacher.schedule, num_steps), rule)
-    return guided_trajectories(teacher, sampler, Given(noise), teacher.condition(labels, 4), W, every), labels
+    return guided_trajectories(teacher, sampler, Given(noise), teacher.condition(labels, 4), W, every, labels=labels), labels
 
 
 @pytest.mark.parametrize(
@@ -124,19 +124,18 @@ def test_a_sampler_with_several_calls_a_step_or_a_rest_is_refused():
 def test_what_is_made_follows_the_specification_and_each_trajectory_its_own_seed():
     teacher = teacher_of("vp")
     spec = TrajectorySpec(num=70, steps=4, every=2, guidance=(2.0, 5.0), precision="fp32")
-    found = make_trajectories(teacher, spec, teacher.condition, 2, seed=3)
-    again = make_trajectories(teacher, spec, teacher.condition, 2, seed=3)
-    other = make_trajectories(teacher, spec, teacher.condition, 2, seed=4)
+    labels = torch.arange(70) // 3 % 2
+    found = make_trajectories(teacher, spec, teacher.condition, labels, seed=3)
+    again = make_trajectories(teacher, spec, teacher.condition, labels, seed=3, per_pass=5)
+    other = make_trajectories(teacher, spec, teacher.condition, labels, seed=4)
     assert found.x_t.shape == (70, 2, *SHAPE) and torch.equal(found.x_t, again.x_t) and not torch.equal(found.x_t, other.x_t)
-    assert 2 <= float(found.w.min()) < 2.5 and 4.5 < float(found.w.max()) <= 5 and set(found.labels.tolist()) == {0, 1}
+    assert 2 <= float(found.w.min()) < 2.5 and 4.5 < float(found.w.max()) <= 5 and torch.equal(found.labels, labels)
     assert found.origin["seed"] == 3 and found.origin["steps"] == 4
-    fewer = make_trajectories(teacher, spec.model_copy(update={"num": 3}), teacher.condition, 2, seed=3)
-    first = torch.stack([found.x_t[k, 0] for k in range(3)])
-    same = fewer.labels == found.labels[:3]
-    assert torch.equal(fewer.x_t[::2, 0][same[::2]], first[::2][same[::2]])  # pure noise: call 0 of even rows
-    half = make_trajectories(teacher, TrajectorySpec(num=5, steps=4), teacher.condition, 2, seed=3)
+    fewer = make_trajectories(teacher, spec.model_copy(update={"num": 3}), teacher.condition, labels[:3], seed=3)
+    assert torch.equal(fewer.x_t[::2, 0], found.x_t[:3:2, 0])  # pure noise: call 0 of even rows
+    half = make_trajectories(teacher, TrajectorySpec(num=5, steps=4), teacher.condition, labels[:5], seed=3)
     assert half.x_t.dtype == torch.float16 and half.w.min() >= 1 and half.w.max() <= 6
-    ancestral = make_trajectories(teacher, spec.model_copy(update={"eta": 1.0}), teacher.condition, 2, seed=3)
+    ancestral = make_trajectories(teacher, spec.model_copy(update={"eta": 1.0}), teacher.condition, labels, seed=3)
     assert not torch.equal(ancestral.x_t[:, 1], found.x_t[:, 1])
     no_classes = GaussianTeacher(MEAN, VARIANCE, SCHEDULES["vp"])
     with pytest.raises(ValueError, match="guidance is impossible"):
