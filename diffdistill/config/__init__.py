@@ -3,6 +3,7 @@
 from diffdistill.config.combinations import problems
 from diffdistill.config.reading import dump_config, load_config, parse_config, schema
 from diffdistill.config.settings import (
+    BucketsConfig,
     CaptionsData,
     CheckpointConfig,
     Data,
@@ -26,6 +27,7 @@ from diffdistill.config.settings import (
 )
 
 __all__ = [
+    "BucketsConfig",
     "CaptionsData",
     "CheckpointConfig",
     "Data",

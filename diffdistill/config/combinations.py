@@ -23,6 +23,7 @@ def problems(config: RunConfig) -> list[Problem]:
         *_adapter_problems(config),
         *_stage_problems(config),
         *_pairs_problems(config),
+        *_bucket_problems(config),
     ]
 
 
@@ -131,3 +132,15 @@ def _pairs_problems(config: RunConfig) -> Iterator[Problem]:
             "pairs",
             "has no effect: no stage reads stored pairs. Leave it out, or switch the regression loss of a method on.",
         )
+
+
+def _bucket_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield the stages that read states stored at one size, whose texts would come with the sizes of their buckets."""
+    if getattr(config.data, "buckets", None) is None:
+        return
+    for index, stage in enumerate(config.stages):
+        if stage.needs.pairs or stage.needs.trajectories is not None:
+            yield Problem(
+                "data.buckets",
+                f"stage {index} ({stage.method.name}) reads states of the teacher that are stored at one size. Set buckets to null.",
+            )

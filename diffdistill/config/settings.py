@@ -63,6 +63,19 @@ class PromptsData(_Frozen):
     cache: Path = Field(CACHE, description="folder of encoded prompts; they are found again there by what decides them")
 
 
+class BucketsConfig(_Frozen):
+    """Images of several shapes: each is resized to the shape (bucket) of about one area that is nearest to its own, and cropped.
+
+    A batch holds images of one bucket.
+    """
+
+    edge: int | None = Field(
+        None, gt=0, description="edge of the square bucket in pixels, a multiple of step; null for that of the teacher's images"
+    )
+    step: int = Field(64, gt=0, description="the edges of every bucket are multiples of this, in pixels")
+    max_aspect: float = Field(2.0, ge=1, description="of the long to the short edge; images beyond it go to the nearest bucket")
+
+
 class CaptionsData(_Frozen):
     """Images with captions, both encoded once."""
 
@@ -72,6 +85,9 @@ class CaptionsData(_Frozen):
         "what datasets.save_to_disk wrote"
     )
     column: str = Field("text", description="where a table has the captions")
+    buckets: BucketsConfig | None = Field(
+        None, description="sizes by aspect ratio; null for the largest centred square of every image, at the teacher's size"
+    )
     cache: Path = Field(CACHE, description="folder of encoded images and captions")
 
 

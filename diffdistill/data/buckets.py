@@ -6,7 +6,7 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -123,17 +123,33 @@ class BucketedSource:
     """Several sources, one per bucket, laid end to end; a micro-batch comes from one of them, as `BucketBatches` asks.
 
     Args:
-        sources: at least one, each of one shape of states.
+        sources: by bucket, at least one.
     """
 
-    def __init__(self, sources: Sequence[DataSource]) -> None:
-        self.sources = sources
-        self._ends = torch.tensor([source.num_samples for source in sources]).cumsum(0)
+    def __init__(self, sources: Mapping[Bucket, DataSource]) -> None:
+        self.buckets, self.sources = tuple(sources), tuple(sources.values())
+        self._ends = torch.tensor(self.sizes).cumsum(0)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The sizes of `BucketBatches`."""
         return tuple(source.num_samples for source in self.sources)
+
+    def describe(self, batch_size: int) -> str:
+        """Return one line: the buckets, how many images each holds, and what becomes of those that fill no whole batch.
+
+        Raises:
+            UserError: no bucket fills a batch.
+        """
+        held = ", ".join(f"{height}x{width}: {size}" for (height, width), size in zip(self.buckets, self.sizes, strict=True))
+        if max(self.sizes) < batch_size:
+            raise UserError(
+                f"no bucket fills a batch of {batch_size}; images by height x width: {held}. Set batch_size to at most "
+                f"{max(self.sizes)}, or have fewer buckets: a smaller max_aspect, a larger step."
+            )
+        small = sum(size < batch_size for size in self.sizes)
+        rest = f"; {small} hold less than a batch, whose images recur within one" * (small > 0)
+        return f"images by height x width: {held}{rest}. The rest after a bucket's last whole batch begins its next round."
 
     @property
     def num_samples(self) -> int:

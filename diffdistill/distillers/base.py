@@ -101,7 +101,8 @@ class Batch:
 
     Attributes:
         cond: condition of B rows.
-        x0: clean states (B, *sample_shape), latents where the model has a codec; None for data-free methods.
+        x0: clean states (B, C, H, W), latents where the model has a codec; None for data-free methods. H and W are the teacher's,
+            or with buckets the batch's own.
         pairs: stored teacher pairs, or None.
         carry: tensors that an earlier turn of the same step and micro-batch handed on, without graph.
         trajectories: stored calls of the guided teacher, or None.
@@ -117,6 +118,11 @@ class Batch:
     def size(self) -> int:
         """Number of samples, B."""
         return self.cond.batch_size
+
+    @property
+    def state_shape(self) -> tuple[int, ...] | None:
+        """Shape of one state where the batch has images, None for the networks' usual one."""
+        return None if self.x0 is None else tuple(self.x0.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class DMD2(Distiller):
         """Return x_g of step k."""
         student = self.roles["student"]
         if self.config.initial == "simulation":
-            x_t = matching.student_input(student, self._rollout, batch.cond, rng, k)
+            x_t = matching.student_input(student, self._rollout, batch, rng, k)
         else:
             x_t = self._noised_data(batch, rng, k)
         return matching.generate(student, self._rollout, x_t, batch.cond, k)

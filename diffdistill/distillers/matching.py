@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffdistill.distillers.base import Rng
+from diffdistill.distillers.base import Batch, Rng
 from diffdistill.distillers.states import Noised
 from diffdistill.math import losses, weighting
 from diffdistill.math.prediction import Prediction
@@ -32,13 +32,15 @@ FakeLoss = Annotated[
 ]
 
 
-def student_input(student: Denoiser, sampler: Sampler, cond: Condition, rng: Rng, step: int) -> Tensor:
+def student_input(student: Denoiser, sampler: Sampler, batch: Batch, rng: Rng, step: int) -> Tensor:
     """Return what the student sees at step `step` of inference, (B, ...), without graph: backward simulation.
+
+    It starts from noise of the shape of the batch's images, where there are some, since the conditions may tell their sizes.
 
     Source: DMD2 (arXiv:2405.14867), Sec. 4.5. The states are the sampler's own, for they are made by it.
     """
     with torch.no_grad():
-        return sampler.advance(student, BatchNoise(cond.batch_size, rng.local), cond, step)
+        return sampler.advance(student, BatchNoise(batch.size, rng.local), batch.cond, step, batch.state_shape)
 
 
 def generate(student: Denoiser, sampler: Sampler, x_t: Tensor, cond: Condition, step: int) -> Tensor:

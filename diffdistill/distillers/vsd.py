@@ -162,7 +162,7 @@ class VSD(Distiller):
 
     def _student_loss(self, batch: Batch, rng: Rng, step: int) -> Loss:
         student = self.roles["student"]
-        z = matching.student_input(student, self._one_step, batch.cond, rng, step=0)
+        z = matching.student_input(student, self._one_step, batch, rng, step=0)
         x_g = matching.generate(student, self._one_step, z, batch.cond, step=0)
         x_sg = x_g.detach()
         real = guided_teacher(self.teacher, self.config.guidance, self.config.guidance_interval, batch.size, rng)

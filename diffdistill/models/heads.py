@@ -100,14 +100,17 @@ def predict_with_features(
 
 
 def _map_trunk(channels: int, size: tuple[int, int], width: int) -> nn.Sequential:
-    """Halve a map down to 4 or less, then read it whole: (B, channels, *size) -> (B, width)."""
+    """Halve a map down to 4 or less, then read it whole: (B, channels, *size) -> (B, width).
+
+    A map of another size, of an image of another shape, is averaged to the last one's size first.
+    """
     layers: list[nn.Module] = []
     height, breadth = size
     while min(height, breadth) > 4:
         layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(min(32, width // 4), width), nn.SiLU()]
         channels, height, breadth = width, height // 2, breadth // 2
     layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(min(32, width // 4), width), nn.SiLU()]
-    layers += [nn.Conv2d(width, width, (height, breadth)), nn.SiLU(), nn.Flatten()]
+    layers += [nn.AdaptiveAvgPool2d((height, breadth)), nn.Conv2d(width, width, (height, breadth)), nn.SiLU(), nn.Flatten()]
     return nn.Sequential(*layers)
 
 

@@ -89,6 +89,14 @@ class Teacher:
         }
         return {part: digest for part, digest in found.items() if digest}
 
+    def state_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of the states of images of height and width `size`.
+
+        Raises:
+            UserError: a size that the autoencoder or the network cannot take.
+        """
+        return _state_size(self.family, self.network, self.codec, size, self.path)
+
     def condition(self, asked: Asked, batch_size: int | None = None) -> Condition:
         """Return the condition of class labels (B,) int64, of B prompts, or of none for `batch_size` unconditional samples.
 
@@ -208,7 +216,9 @@ def load_teacher(
     codec = Codec()
     if index.get("vae") and index["vae"][1]:
         codec = Codec(_load_part(folder, "vae", index["vae"][1], variant).to(device).eval().requires_grad_(False))
-    shape = _sized(family.sample_shape(network), codec.downscale, size, folder)
+    shape = family.sample_shape(network)
+    if size is not None:
+        shape = (shape[0], *_state_size(family, network, codec, (size, size), folder))
     schedule, kind = family.path(network, scheduler, shape)
     denoiser: FamilyDenoiser
     if isinstance(schedule, EDMSchedule):
@@ -240,13 +250,20 @@ def load_teacher(
     )
 
 
-def _sized(shape: tuple[int, int, int], downscale: int, size: int | None, folder: str) -> tuple[int, int, int]:
-    """Return the shape of the states of images of `size` pixels."""
-    if size is None:
-        return shape
-    if size % downscale:
-        raise UserError(f"{folder}: the autoencoder divides edges by {downscale}; size must be a multiple of it, got {size}.")
-    return shape[0], size // downscale, size // downscale
+def _state_size(family: Family, network: nn.Module, codec: Codec, size: tuple[int, int], folder: str) -> tuple[int, int]:
+    """Return height and width of the states of images of height and width `size`."""
+    patch, longest = family.multiple(network), family.longest_edge(network)
+    if any(edge % (codec.downscale * patch) for edge in size):
+        raise UserError(
+            f"{folder}: the autoencoder divides edges by {codec.downscale} and the network by {patch}; sizes must be multiples of "
+            f"{codec.downscale * patch}, got {size[0]}x{size[1]}."
+        )
+    height, width = (edge // codec.downscale for edge in size)
+    if longest is not None and max(height, width) > longest:
+        raise UserError(
+            f"{folder}: the network has positions for edges of {longest * codec.downscale} pixels; got {size[0]}x{size[1]}."
+        )
+    return height, width
 
 
 def _usual_sampling(pipeline_class: str) -> tuple[float, int]:

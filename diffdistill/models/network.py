@@ -24,6 +24,27 @@ class Classes(NamedTuple):
     null: int | None
 
 
+class Framing(NamedTuple):
+    """How a real image became one of the size that is trained on: resized until it covers that size, then cropped to it.
+
+    Attributes:
+        original: height and width of the image in its file, upright.
+        crop: top and left edge of the crop in the resized image, pixels.
+        size: height and width of the crop.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    size: tuple[int, int]
+
+    @staticmethod
+    def centred(original: tuple[int, int], size: tuple[int, int]) -> Framing:
+        """Return the framing of the largest centred crop."""
+        scale = max(wanted / had for wanted, had in zip(size, original, strict=True))
+        top, left = (round((had * scale - wanted) / 2) for wanted, had in zip(size, original, strict=True))
+        return Framing(original, (top, left), size)
+
+
 class Family(ABC):
     """What one diffusers architecture says about itself. One small final class per architecture, in `models/families/`.
 
@@ -69,6 +90,18 @@ class Family(ABC):
     def constants(self, network: Any, image_size: tuple[int, int]) -> Values:
         """Return further inputs, (1, ...), that are the same with every prompt and without one: sizes, embedded guidance."""
         return {}
+
+    def framed(self, network: Any, framing: Framing) -> Values:
+        """Return the `constants` of one real image, (1, ...): those of its size, where the network is told no more of it."""
+        return self.constants(network, framing.size)
+
+    def multiple(self, network: Any) -> int:
+        """Return what both edges of a state must divide by: the network's patch."""
+        return getattr(network.config, "patch_size", None) or 1
+
+    def longest_edge(self, network: Any) -> int | None:
+        """Return the longest edge of a state that the network has positions for; None where it takes any."""
+        return None
 
     def sample_shape(self, network: Any) -> tuple[int, int, int]:
         """Return (C, H, W) of the states the network was made for."""

@@ -100,9 +100,14 @@ class Sampler:
         x = self._run(denoiser, x, noise, cond, self.num_steps, states.append)
         return states, x
 
-    def advance(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition, num_steps: int) -> Tensor:
-        """Return the state after the first `num_steps` steps: what the network sees next at inference."""
-        x = self.initial(noise, denoiser.sample_shape)
+    def advance(
+        self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition, num_steps: int, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Return the state after the first `num_steps` steps: what the network sees next at inference.
+
+        `shape` is that of one state, None for the denoiser's usual one.
+        """
+        x = self.initial(noise, denoiser.sample_shape if shape is None else shape)
         return self._run(denoiser, x, noise, cond, num_steps, None)
 
     def _run(

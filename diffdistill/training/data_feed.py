@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffdistill.config import RunConfig, TextData
 from diffdistill.data.batches import DataSource, ImageSource, LabelSource, MicroBatches, derive_seed, keyed_generator
+from diffdistill.data.buckets import BucketBatches, BucketedSource
 from diffdistill.data.digits import digits
 from diffdistill.data.images import load_image_folder
 from diffdistill.data.pairs import Pairs
@@ -64,7 +65,7 @@ class DataFeed:
         self.source, self.pairs, self.trajectories = source, pairs, trajectories
         self.conditions = Conditions(teacher, source)
         self.key = (seed, "stage", stage)
-        self.order = MicroBatches(source.num_samples, batch_size, size, derive_seed(*self.key, "order"))
+        self.order = _order(source, batch_size, size, derive_seed(*self.key, "order"))
         stored = pairs if pairs is not None else trajectories  # no method reads both
         self.stored_order = (
             None if stored is None else MicroBatches(len(stored), batch_size, size, derive_seed(*self.key, "pair order"))
@@ -97,6 +98,12 @@ class DataFeed:
         return TrajectoryBatch(*map(self.conditions.on_device, calls), cond=cond)
 
 
+def _order(source: DataSource, batch_size: int, size: int, seed: int) -> MicroBatches | BucketBatches:
+    if isinstance(source, BucketedSource):
+        return BucketBatches(source.sizes, batch_size, size, seed)
+    return MicroBatches(source.num_samples, batch_size, size, seed)
+
+
 def build_source(config: RunConfig, teacher: Teacher, processes: Processes = ALONE) -> DataSource:
     """Return the run's states and conditions: images and text encoded once, the former kept in memory where they have labels.
 
@@ -104,7 +111,12 @@ def build_source(config: RunConfig, teacher: Teacher, processes: Processes = ALO
         UserError: images, classes or texts that are not what the teacher takes.
     """
     if isinstance(config.data, TextData):
-        return text_source(config.data, teacher, processes)
+        source = text_source(config.data, teacher, processes)
+        if isinstance(source, BucketedSource):
+            report = source.describe(config.batch_size)
+            if processes.index == 0:
+                print(report, flush=True)
+        return source
     if teacher.family.reads_text:
         raise UserError(
             f"{teacher.path} makes images from text, and data.kind is {config.data.kind}. Set data: {{kind: prompts, path: ...}}, or "

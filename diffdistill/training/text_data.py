@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import CaptionsData, PromptsData, ShapesData, TextData
+from diffdistill.data.buckets import Bucket, BucketedSource, buckets, nearest_bucket
 from diffdistill.data.cache import READABLE, X0, CachedSource, TensorCache, content_key
 from diffdistill.data.captioned import ImageReader, fingerprint, load_captioned
 from diffdistill.data.prompts import read_prompts
@@ -17,6 +19,7 @@ from diffdistill.data.shapes import SIDE, shapes
 from diffdistill.errors import UserError
 from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.loading import Teacher
+from diffdistill.models.network import Framing
 
 IMAGES_PER_PASS = 8  # of the autoencoder, which at 1024 pixels needs more memory than the network
 
@@ -41,39 +44,58 @@ def texts(data: TextData) -> list[str]:
     return [record.caption for record in load_captioned(data.path, data.column)]
 
 
-def text_source(data: TextData, teacher: Teacher, processes: Processes = ALONE) -> CachedSource:
+def text_source(data: TextData, teacher: Teacher, processes: Processes = ALONE) -> CachedSource | BucketedSource:
     """Return the rows of a data set as the teacher's network takes them, after whatever was missing has been encoded.
 
-    The text encoders are released, the null value stays.
+    The text encoders are released; the null value stays. With buckets there is a source for each that holds images.
 
     Raises:
         UserError: a teacher that reads no text; files that are missing, empty or damaged; too many unreadable images.
     """
     conditioner = _conditioner(teacher)
-    reader = None
-    if isinstance(data, PromptsData):
-        cache, compute = _prompts(data, conditioner)
-    elif isinstance(data, ShapesData):
-        cache, compute = _shapes(data, teacher, conditioner)
+    if isinstance(data, CaptionsData):
+        source = _captioned_source(data, teacher, conditioner, processes)
     else:
-        reader = ImageReader(load_captioned(data.path, data.column), teacher.image_shape[0])
-        cache, compute = _captions(data, reader, teacher, conditioner)
-    cache.fill(compute, processes.index, processes.count)
-    processes.wait()
-    if reader is not None:
-        reader.recall((~cache.column(READABLE)).nonzero().flatten().tolist())  # also those that others found
-        if reader.report and processes.index == 0:
-            print(reader.report, flush=True)
+        filling = _prompts(data, conditioner) if isinstance(data, PromptsData) else _shapes(data, teacher, conditioner)
+        _fill([filling], processes)
+        source = CachedSource(filling.cache)
     conditioner.null  # noqa: B018 (encoded while the encoders are here)
     conditioner.release()
-    return CachedSource(cache)
+    return source
+
+
+def _captioned_source(
+    data: CaptionsData, teacher: Teacher, conditioner: PromptConditioner, processes: Processes
+) -> CachedSource | BucketedSource:
+    reader = ImageReader(load_captioned(data.path, data.column), teacher.image_shape[0])
+    framed = _framed(reader, _sizes(data, teacher))
+    fillings = {size: _captions(data, size, framings, reader, teacher, conditioner) for size, framings in framed.items()}
+    _fill(list(fillings.values()), processes)
+    readable = {size: filling.cache.column(READABLE) for size, filling in fillings.items()}
+    for size, filling in fillings.items():
+        unreadable = (~readable[size]).nonzero().flatten().tolist()
+        reader.recall(filling.places[row] for row in unreadable)  # also those that others found
+    if len(reader.unreadable) == len(reader.records):
+        raise UserError(f"none of the images in {data.path} can be read. {reader.report}")
+    if reader.report and processes.index == 0:
+        print(reader.report, flush=True)
+    sources = {size: CachedSource(filling.cache) for size, filling in fillings.items() if readable[size].any()}
+    return BucketedSource(sources) if data.buckets is not None else next(iter(sources.values()))
 
 
 class _Filling(NamedTuple):
-    """A cache and how its rows are made."""
+    """A cache, how its rows are made, and where each row is in the set of images."""
 
     cache: TensorCache
     compute: Callable[[list[int]], Mapping[str, Tensor]]
+    places: Sequence[int] = ()
+
+
+def _fill(fillings: Sequence[_Filling], processes: Processes) -> None:
+    """Encode what is missing; the processes share each cache, and each begins with another share of the next."""
+    for number, filling in enumerate(fillings):
+        filling.cache.fill(filling.compute, (processes.index + number) % processes.count, processes.count)
+    processes.wait()
 
 
 def _conditioner(teacher: Teacher) -> PromptConditioner:
@@ -91,24 +113,57 @@ def _prompts(data: PromptsData, conditioner: PromptConditioner) -> _Filling:
     return _Filling(TensorCache(data.cache, key, len(prompts)), lambda rows: conditioner.values(_pick(prompts, rows)))
 
 
-def _captions(data: CaptionsData, reader: ImageReader, teacher: Teacher, conditioner: PromptConditioner) -> _Filling:
-    records = reader.records
+def _sizes(data: CaptionsData, teacher: Teacher) -> Sequence[Bucket]:
+    """Return the sizes that images may be given: the buckets, or the teacher's own."""
     _, height, width = teacher.image_shape
+    if data.buckets is None:
+        return [(height, width)]
+    try:
+        sizes = buckets(data.buckets.edge or math.isqrt(height * width), data.buckets.step, data.buckets.max_aspect)
+        for size in sizes:
+            teacher.state_size(size)
+    except UserError as error:
+        raise UserError(f"data.buckets cannot be: {error}") from error
+    return sizes
+
+
+def _framed(reader: ImageReader, sizes: Sequence[Bucket]) -> dict[Bucket, dict[int, Framing]]:
+    """Return which images get which size, by their headers: size -> place in the set -> how the image becomes of that size."""
+    found: dict[Bucket, dict[int, Framing]] = {}
+    for index in range(len(reader.records)):
+        if (shape := reader.shape(index)) is not None:
+            size = nearest_bucket(*shape, sizes)
+            found.setdefault(size, {})[index] = Framing.centred(shape, size)
+    return {size: found[size] for size in sizes if size in found}
+
+
+def _captions(
+    data: CaptionsData,
+    size: Bucket,
+    framings: Mapping[int, Framing],
+    reader: ImageReader,
+    teacher: Teacher,
+    conditioner: PromptConditioner,
+) -> _Filling:
+    places = list(framings)
+    records = [reader.records[place] for place in places]
+    sized = [teacher.family.framed(teacher.network, framing) for framing in framings.values()]
     key = content_key(
         kind="captions",
         encoders=conditioner.fingerprint,
         autoencoder=teacher.codec.fingerprint,
         records=fingerprint(records),
-        size=[height, width],
-        constants=_plain(conditioner),
+        size=list(size),
+        constants=[{name: value.tolist() for name, value in values.items()} for values in sized],
     )
 
     def compute(rows: list[int]) -> dict[str, Tensor]:
-        parts = [_encoded(teacher, *reader.batch(part, height, width)) for part in _split(rows)]
+        parts = [_encoded(teacher, *reader.batch([places[row] for row in part], *size)) for part in _split(rows)]
         images = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return images | conditioner.values([records[row].caption for row in rows])
+        told = {name: torch.cat([sized[row][name] for row in rows]) for name in sized[0]}
+        return images | conditioner.values([records[row].caption for row in rows]) | told
 
-    return _Filling(TensorCache(data.cache, key, len(records)), compute)
+    return _Filling(TensorCache(data.cache, key, len(records)), compute, places)
 
 
 def _shapes(data: ShapesData, teacher: Teacher, conditioner: PromptConditioner) -> _Filling:

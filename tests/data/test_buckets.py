@@ -125,7 +125,7 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_sources_laid_end_to_end_hand_out_states_of_one_shape():
     tall, wide = torch.rand(3, 1, 4, 2), torch.rand(5, 1, 2, 4)
-    source = BucketedSource([ImageSource(tall), ImageSource(wide, torch.arange(5))])
+    source = BucketedSource({(4, 2): ImageSource(tall), (2, 4): ImageSource(wide, torch.arange(5))})
     assert source.sizes == (3, 5) and source.num_samples == 8
     assert torch.equal(source.take(torch.tensor([2, 0]), torch.Generator()).x0, tall[[2, 0]])
     taken = source.take(torch.tensor([3, 7]), torch.Generator())

@@ -141,6 +141,16 @@ def test_a_head_learns_which_half_is_real(shape):
     torch.testing.assert_close(head(real), one_by_one, atol=1e-4, rtol=1e-4)  # one logit per sample, of that sample
 
 
+def test_a_head_reads_a_map_of_another_shape_averaged_to_its_own():
+    """Doubling every pixel changes no average, so the last layers see what they saw."""
+    head = DiscriminatorHead((6, 4, 3), width=16)
+    torch.nn.init.normal_(head.logit.weight)
+    head.trunk = head.trunk[-4:]  # without the convolutions before, which see edges
+    x = torch.randn(2, 16, 4, 3)
+    torch.testing.assert_close(head(x.repeat_interleave(2, 2).repeat_interleave(2, 3)), head(x))
+    assert DiscriminatorHead((6, 16, 12), width=16)(torch.randn(2, 6, 20, 10)).shape == (2,)
+
+
 def test_a_head_for_an_edm_network_and_other_taps_fits():
     unet = denoiser("unet")
     edm = EDMDenoiser(unet.network, unet.family, EDMSchedule(), unet.sample_shape)

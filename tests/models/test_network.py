@@ -1,7 +1,9 @@
 """EDM preconditioning around a network: the scalings against the table, and the contract kept."""
 
 import contextlib
+from types import SimpleNamespace
 
+import pytest
 import torch
 from small_networks import unet
 
@@ -10,7 +12,7 @@ from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import network_of
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.guidance import guided
-from diffdistill.models.network import EDMDenoiser, NetworkDenoiser
+from diffdistill.models.network import EDMDenoiser, Framing, NetworkDenoiser
 from diffdistill.oracles.gaussian import GaussianTeacher
 
 SIGMA_DATA = 0.5
@@ -108,3 +110,31 @@ def test_another_network_keeps_the_role_and_another_role_the_network():
     assert torch.equal(other(*batch).x0, net(*batch).x0) and entered == ["first"]
     other.with_role(role("second"))(*batch)
     assert entered == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("original", "size", "crop"),
+    [
+        ((44, 24), (20, 12), (1, 0)),
+        ((24, 44), (12, 20), (0, 1)),
+        ((40, 24), (20, 12), (0, 0)),
+        ((10, 12), (20, 12), (0, 6)),  # a small image grows to 20x24
+    ],
+)
+def test_a_framing_says_where_the_centred_crop_begins_in_the_resized_image(original, size, crop):
+    assert Framing.centred(original, size) == (original, crop, size)
+
+
+def test_the_conditions_of_size_follow_the_image():
+    """SDXL: original, crop, size. PixArt-alpha at 1024: resolution and aspect ratio of the size."""
+    framing = Framing((44, 24), (1, 0), (20, 12))
+    sdxl = SimpleNamespace(config=SimpleNamespace(addition_embed_type="text_time"))
+    values = FAMILIES["UNet2DConditionModel"].framed(sdxl, framing)
+    assert {name: value.tolist() for name, value in values.items()} == {"time_ids": [[44, 24, 1, 0, 20, 12]]}
+    assert (
+        FAMILIES["UNet2DConditionModel"].framed(SimpleNamespace(config=SimpleNamespace(addition_embed_type=None)), framing)
+        == {}
+    )
+    values = FAMILIES["PixArtTransformer2DModel"].framed(SimpleNamespace(use_additional_conditions=True), framing)
+    assert values["resolution"].tolist() == [[20, 12]]
+    torch.testing.assert_close(values["aspect_ratio"], torch.tensor([[20 / 12]]))

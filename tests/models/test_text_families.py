@@ -250,7 +250,7 @@ def test_half_precision_and_variant(tmp_path: Path) -> None:
         (lambda: teacher("sd").condition(torch.tensor([1, 2])), "give a list of prompts"),
         (lambda: teacher("sd").condition("a circle"), "give a list of prompts"),
         (lambda: teacher("sd").condition(None, 2), "give a list of prompts"),
-        (lambda: load_teacher(folder("sd"), size=17), "multiple of it"),
+        (lambda: load_teacher(folder("sd"), size=17), "sizes must be multiples of 2, got 17x17"),
     ],
 )
 def test_mistakes_are_named(call: Any, message: str) -> None:

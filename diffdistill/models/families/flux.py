@@ -104,6 +104,10 @@ class Flux(Family):
         """Return (C, H, W) of the unpacked latents of the pipeline's default size."""
         return network.config.in_channels // 4, LATENT_SIZE, LATENT_SIZE
 
+    def multiple(self, network: Any) -> int:
+        """Return 2, the edge of what `pack` makes a token of."""
+        return 2
+
     def time_modules(self, network: Any) -> list[nn.Module]:
         """Return the time MLP; embedded guidance and pooled text are added to its output."""
         return [network.time_text_embed.timestep_embedder]

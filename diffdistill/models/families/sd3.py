@@ -52,6 +52,10 @@ class SD3(Family):
         values = {"encoder_hidden_states": states, "pooled_projections": pooled}
         return values, {"encoder_hidden_states": null, "pooled_projections": null_pooled}
 
+    def longest_edge(self, network: Any) -> int:
+        """Return the edge of the table of positions, of which smaller images take the middle."""
+        return network.config.pos_embed_max_size * network.config.patch_size
+
     def time_modules(self, network: Any) -> list[nn.Module]:
         """Return the time MLP; the pooled text is added to its output."""
         return [network.time_text_embed.timestep_embedder]

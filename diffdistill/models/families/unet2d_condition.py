@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill.models.condition import Condition
 from diffdistill.models.families.common import ATTENTION, FEED_FORWARD
-from diffdistill.models.network import Family, Values
+from diffdistill.models.network import Family, Framing, Values
 
 
 class UNet2DCondition(Family):
@@ -61,6 +61,12 @@ class UNet2DCondition(Family):
         if network.config.addition_embed_type != "text_time":
             return {}
         return {"time_ids": torch.tensor([[*image_size, 0, 0, *image_size]], dtype=torch.float32)}
+
+    def framed(self, network: Any, framing: Framing) -> Values:
+        """Return SDXL's sizes as they are of the image, as it was trained with."""
+        if network.config.addition_embed_type != "text_time":
+            return {}
+        return {"time_ids": torch.tensor([[*framing.original, *framing.crop, *framing.size]], dtype=torch.float32)}
 
     def time_modules(self, network: Any) -> list[nn.Module]:
         """Return the time MLP."""
