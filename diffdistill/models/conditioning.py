@@ -184,8 +184,11 @@ class PromptConditioner:
         components = {
             name: value[1] for name, value in self._index.items() if isinstance(value, (list, tuple)) and name in parts
         }
-        wanted = (*TEXT_PARTS, "scheduler")
-        left_out = {name: None for name, kind in components.items() if kind is None or not name.startswith(wanted)}
+        wanted = {name for name, kind in components.items() if kind and name.startswith((*TEXT_PARTS, "scheduler"))}
+        missing = sorted(name for name in wanted if not (Path(self._folder) / name).is_dir())
+        if missing and Path(self._folder).is_dir():  # from_pretrained makes an empty tokenizer in place of a missing one
+            raise UserError(f"the pipeline {self.path!r} lacks {', '.join(missing)}, which its model_index.json names. Add it.")
+        left_out = {name: None for name in components if name not in wanted}
         network = {self.family.component: self._network}
         try:
             with quiet_dtype():

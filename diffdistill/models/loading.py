@@ -25,6 +25,7 @@ from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.network import Classes, EDMDenoiser, Family, FamilyDenoiser, NetworkDenoiser
 
 EMBEDDED = ("digits-unet", "digits-dit")
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -122,26 +123,56 @@ def read_index(folder: str) -> Mapping[str, Any]:
     """Return model_index.json of a pipeline folder or hub id.
 
     Raises:
-        UserError: not a folder and not a hub id, or a folder that is not a diffusers pipeline.
+        UserError: not a folder and not a hub id, a folder that is not a diffusers pipeline, or a hub id that cannot be read.
     """
-    from diffusers import DiffusionPipeline
-
     path = Path(folder)
-    if path.exists() and not (path / "model_index.json").is_file():
+    if path.is_file():
         raise UserError(
-            f"{folder} is not a diffusers pipeline folder: it has no model_index.json. "
-            "Save one with pipeline.save_pretrained(folder)."
+            f"{folder} is a file, and a teacher is a diffusers pipeline folder. Make one of it with "
+            f"StableDiffusionPipeline.from_single_file({folder!r}).save_pretrained(FOLDER), or with another pipeline class."
+        )
+    if path.exists() and not (path / INDEX).is_file():
+        raise UserError(
+            f"{folder} is not a diffusers pipeline folder: it has no {INDEX}. Save one with pipeline.save_pretrained(folder)."
         )
     if not path.exists() and (folder.startswith((".", "/", "~")) or folder.count("/") != 1):
         raise UserError(
             f"there is no teacher at {folder!r}. Give a pipeline folder, a hub id such as 'owner/name', "
             f"or an embedded name: {', '.join(EMBEDDED)}."
         )
+    file = path / INDEX if path.exists() else _index_on_hub(folder)
     try:
-        config = DiffusionPipeline.load_config(folder)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read the pipeline {folder!r}: {error}") from error
-    return dict(config[0] if isinstance(config, tuple) else config)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"cannot read the pipeline {folder!r}: {file} is not valid JSON ({error}).") from error
+
+
+def _index_on_hub(name: str) -> Path:
+    """Return the path of a hub id's model_index.json, downloaded or from the hub's cache.
+
+    Raises:
+        UserError: it cannot be had, with the reason.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    log_in = "log in with `hf auth login` (or set HF_TOKEN)"
+    try:
+        return Path(hf_hub_download(name, INDEX))
+    except errors.GatedRepoError as error:
+        raise UserError(f"{name} is gated. Accept its terms at https://huggingface.co/{name}, and {log_in}.") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"there is no folder {name} here and no model of that name on the hub. Check the spelling; if it is private, {log_in}."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"there is no folder {name} here, and the hub cannot be reached and has left no copy of it in the cache. Give a "
+            "pipeline folder, or connect."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{name} on the hub is not a diffusers pipeline: it has no {INDEX}.") from error
+    except OSError as error:
+        raise UserError(f"cannot read {INDEX} of {name} on the hub: {error}") from error
 
 
 def _network_entry(index: Mapping[str, Any], folder: str) -> tuple[str, str]:
@@ -156,6 +187,16 @@ def _network_entry(index: Mapping[str, Any], folder: str) -> tuple[str, str]:
                 )
             return name, entries[name]
     raise UserError(f"{folder}: {index.get('_class_name')} has no component 'unet' or 'transformer' to distil.")
+
+
+def _scheduler_class(index: Mapping[str, Any], folder: str) -> str:
+    """Return the class name of the pipeline's scheduler."""
+    name = (index.get("scheduler") or (None, None))[1]
+    if name is None:
+        raise UserError(
+            f"{folder}: {index.get('_class_name')} has no scheduler, which says how noise grows with time. Add one."
+        )
+    return name
 
 
 def _load_part(folder: str, component: str, class_name: str, variant: str | None = None, **options: Any) -> Any:
@@ -211,7 +252,7 @@ def load_teacher(
     component, class_name = _network_entry(index, folder)
     family, device = FAMILIES[class_name], torch.device(device)
     network = _load_part(folder, component, class_name, variant, torch_dtype=dtype).to(device).eval().requires_grad_(False)
-    scheduler_class = index["scheduler"][1]
+    scheduler_class = _scheduler_class(index, folder)
     scheduler = _load_part(folder, "scheduler", scheduler_class)
     codec = Codec()
     if index.get("vae") and index["vae"][1]:

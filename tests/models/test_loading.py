@@ -1,10 +1,12 @@
 """load_teacher on real pipeline folders, small and with random weights: our denoiser and sampler make the stock pipeline's images."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import text_pipelines
 import torch
 from small_networks import dit, save, unet, vae
 
@@ -164,19 +166,27 @@ def _empty(folder):
     return folder
 
 
-def _no_network(folder):
+def _indexed(folder, **parts):
     save_unet(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index.pop("unet")
-    (folder / "model_index.json").write_text(json.dumps(index))
+    index = json.loads((folder / "model_index.json").read_text()) | parts
+    (folder / "model_index.json").write_text(json.dumps({name: part for name, part in index.items() if part}))
     return folder
 
 
-def _unsupported(folder):
+def _broken_index(folder):
     save_unet(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index["unet"] = ["diffusers", "UNet3DConditionModel"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text("{")
+    return folder
+
+
+def _single_file(folder):
+    folder.with_suffix(".safetensors").write_bytes(b"")
+    return folder.with_suffix(".safetensors")
+
+
+def _without_tokenizer(folder):
+    folder = text_pipelines.save("sd", folder)
+    shutil.rmtree(folder / "tokenizer")
     return folder
 
 
@@ -191,8 +201,15 @@ def _truncated(folder):
     ("make", "words"),
     [
         (_empty, ["model_index.json", "save_pretrained"]),
-        (_no_network, ["unet", "transformer"]),
-        (_unsupported, ["UNet3DConditionModel", "UNet2DModel", "docs/families.md"]),
+        (_single_file, ["t.safetensors is a file", "from_single_file", "save_pretrained"]),
+        (_broken_index, ["model_index.json is not valid JSON"]),
+        (lambda folder: _indexed(folder, unet=None), ["unet", "transformer"]),
+        (lambda folder: _indexed(folder, scheduler=None), ["DDIMPipeline has no scheduler"]),
+        (lambda folder: _indexed(folder, scheduler=[None, None]), ["DDIMPipeline has no scheduler"]),
+        (
+            lambda folder: _indexed(folder, unet=["diffusers", "UNet3DConditionModel"]),
+            ["UNet3DConditionModel", "UNet2DModel", "docs/families.md"],
+        ),
         (_truncated, ["cannot load unet"]),
         (lambda folder: folder, ["no teacher", "digits-unet"]),
     ],
@@ -201,6 +218,38 @@ def test_bad_folder_is_one_clear_message(tmp_path, make, words):
     with pytest.raises(UserError) as error:
         load_teacher(make(tmp_path / "t"))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_text_pipeline_without_its_tokenizer_is_one_clear_message(tmp_path):
+    teacher = load_teacher(_without_tokenizer(tmp_path))
+    with pytest.raises(UserError, match="lacks tokenizer, which its model_index.json names"):
+        teacher.condition(["a fox"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("GatedRepoError", ["me/mine is gated", "https://huggingface.co/me/mine", "hf auth login"]),
+        ("RepositoryNotFoundError", ["no folder me/mine here", "no model of that name on the hub", "private"]),
+        ("HFValidationError", ["no folder me/mine here", "no model of that name on the hub"]),
+        ("LocalEntryNotFoundError", ["no folder me/mine here", "the hub cannot be reached"]),
+        ("EntryNotFoundError", ["me/mine on the hub is not a diffusers pipeline", "model_index.json"]),
+        ("OfflineModeIsEnabled", ["cannot read model_index.json of me/mine on the hub"]),
+    ],
+)
+def test_a_hub_id_that_cannot_be_read_says_why(monkeypatch, kind, words):
+    import huggingface_hub
+
+    error = getattr(huggingface_hub.errors, kind)
+
+    def download(name, file):
+        raise error.__new__(error)  # they are made with the response of a server, of a library that changes with versions
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError) as caught:
+        load_teacher("me/mine")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert str(caught.value).count("\n") == 0
 
 
 def test_labels_must_fit_the_model(tmp_path):
