@@ -156,6 +156,30 @@ def test_gradient_vanishes_at_the_data_and_points_to_them_elsewhere(weighting):
             assert bool((by_mean * toward > 0).all()) and bool((by_sd * toward * sign > 0).all())
 
 
+class Given:
+    """Noise that was drawn before."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def draw(self, shape, dtype=torch.float32):
+        return self.noise
+
+
+def test_the_image_in_training_is_the_samplers_one_step_read_off_eps_as_swiftbrush_does():
+    """x_g = (z - sigma eps) / alpha at the last timestep, from the z that the sampler starts with."""
+    teacher = GaussianTeacher(MEAN, VARIANCE, vp(), "epsilon")
+    student = Recorder(teacher)
+    distiller = VSD(VSDConfig(), teacher, StandIn(teacher, student=student, fake=teacher), 10)
+    loss = distiller.loss(distiller.turns(0)[STUDENT], Batch(Condition.none(4)), rng(), 0)
+    ((_, _, z, t),) = student.calls
+    a, s = (c.reshape(-1, 1, 1, 1) for c in vp().coefficients(t))
+    x_g = (z - s * teacher(z, t, Condition.none(4)).raw) / a
+    torch.testing.assert_close(loss.carry["x_g"].double(), x_g, atol=1e-4, rtol=0)  # float32, and 1 / alpha is 157
+    sampled = distiller.sampler(1).sample(teacher, Given(z), Condition.none(4))
+    assert torch.equal(loss.carry["x_g"], sampled)
+
+
 # VSD's relation to score distillation sampling -------------------------------------------------------------------------------
 
 

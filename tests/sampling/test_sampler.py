@@ -8,6 +8,8 @@ from diffdistill.math.prediction import Prediction, from_x0
 from diffdistill.math.schedules import EDMSchedule, RectifiedFlowSchedule, VPSchedule
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.guidance import guided
+from diffdistill.oracles.gaussian import GaussianTeacher
 from diffdistill.sampling.noise import BatchNoise, Noise
 from diffdistill.sampling.sampler import Sampler
 
@@ -109,6 +111,54 @@ def test_renoise_forgets_the_state_and_noises_the_estimate():
     alpha, sigma = schedule.coefficients(torch.tensor([499.0], dtype=torch.float64))
     expected = alpha.float() * states[0].x0 + sigma.float() * noise.draw((1, 4, 4))
     torch.testing.assert_close(states[1].x_t, expected, atol=1e-6, rtol=0)
+
+
+class ConsistencyMap(Denoiser):
+    """The end of the guided probability flow from x_t, exact, in place of the clean estimate."""
+
+    def __init__(self, teacher, w):
+        self.teacher, self.w, self.schedule, self.sample_shape = teacher, w, teacher.schedule, teacher.sample_shape
+
+    def __call__(self, x_t, t, cond):
+        clean = torch.full_like(t, self.schedule.t_clean)
+        return Prediction("sample", self.teacher.flow_map(x_t, t, clean, cond, self.w), x_t, *self.schedule.coefficients(t))
+
+
+class UnitDraws:
+    """Row k has ones at draw k and zeros at all others; the last row has zeros: the answer of an affine map, part by part."""
+
+    def __init__(self, count):
+        self.count, self.drawn = count, 0
+
+    def draw(self, shape, dtype=torch.float32):
+        noise = torch.zeros(self.count + 1, *shape, dtype=torch.float64)
+        noise[self.drawn], self.drawn = 1, self.drawn + 1
+        return noise
+
+
+@pytest.mark.parametrize("w", [1.0, 3.0])
+def test_renoising_the_exact_consistency_map_keeps_mean_and_variance_at_every_time(w):
+    """Both jumping to the end of the flow and noising again keep the marginals of N(m_w, C); from a clean estimate they do not."""
+    schedule, num_steps = SCHEDULES["flow"], 4  # its start is exactly pure noise
+    null, mean = (torch.tensor(values, dtype=torch.float64).reshape(1, 1, 2) for values in ([0.2, -0.3], [1.0, 0.4]))
+    variance = torch.tensor([0.3, 0.05], dtype=torch.float64).reshape(1, 1, 2)
+    teacher = GaussianTeacher(null, variance, schedule, class_means=mean[None])
+    rows = num_steps + 1
+    cond = teacher.condition(torch.zeros(rows, dtype=torch.int64), rows)
+    sampler, m_w = Sampler(grids.trailing(schedule, num_steps), "renoise"), null + w * (mean - null)
+
+    def moments(x):
+        return x[-1], ((x[:-1] - x[-1]) ** 2).sum(0)
+
+    states, final = sampler.trajectory(ConsistencyMap(teacher, w), UnitDraws(num_steps), cond)
+    for state in states:
+        alpha, sigma = (c[0] for c in schedule.coefficients(torch.tensor([state.t], dtype=torch.float64)))
+        for found, expected in zip(moments(state.x_t), (alpha * m_w, alpha**2 * variance + sigma**2), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    for found, expected in zip(moments(final), (m_w, variance), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    _, estimated = sampler.trajectory(guided(teacher, w), UnitDraws(num_steps), cond)
+    assert bool((moments(estimated)[1] < 0.9 * variance).all())
 
 
 def test_start_is_unit_noise_for_vp_and_sigma_max_for_edm():
