@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 from small_teachers import small
+from torch.nn import functional as F
 
 import diffdistill as dd
 from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_images, draw_scenes, parse_captions, shapes
 from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import collect
-from diffdistill.evaluation.features import CallableExtractor, ClipExtractor
+from diffdistill.evaluation.features import CallableExtractor, ClipExtractor, load_extractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.shapes_detector import obeyed
 from diffdistill.math.schedules import VPSchedule
@@ -178,6 +179,16 @@ def test_matching_counts_images_that_find_their_own_caption() -> None:
     axes = torch.eye(4)
     assert clip.matched(axes, axes) == 1.0
     assert clip.matched(axes, axes[[1, 0, 2, 3]]) == 0.5
+
+
+def test_the_shipped_clip_prefers_the_caption_to_its_twin() -> None:
+    extractor = load_extractor("shapes-clip")
+    scenes = draw_scenes(500, keyed_generator("unseen captions"))
+    other = clip.twins(scenes, keyed_generator("unseen twins"))
+    images = extractor(to_uint8(draw_images(scenes, keyed_generator("unseen images")))).features
+    own, twin = (F.cosine_similarity(images, extractor.texts(each.captions())) for each in (scenes, other))
+    assert (own > twin).double().mean().item() == pytest.approx(0.818, abs=0.02)  # docs/teachers.md
+    assert (own.mean() - twin.mean()).item() > 0.15
 
 
 # The protocol

@@ -37,6 +37,7 @@ SHIPPED = {
     "digits-classifier": "digits-classifier",
     "digits-vae": "digits-dit/vae",
     "shapes-vae": "shapes-sd/vae",
+    "shapes-clip": "shapes-clip",
 }
 
 
