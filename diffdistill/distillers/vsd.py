@@ -40,6 +40,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -116,6 +117,14 @@ class VSDConfig(MethodConfig):
     ] = (0.02, 0.98)
     late: Annotated[LateConfig | None, Field(description="another time range from some step on; null for none")] = None
     fake_loss: matching.FakeLoss = "network"
+    fake_warmup_steps: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="first steps in which only the fake network is updated, so that it knows a student that does not start at the "
+            "teacher; 0 for none",
+        ),
+    ] = 0
 
     _inside = field_validator("student_time_range")(_check_range)
 
@@ -153,17 +162,16 @@ class VSD(Distiller):
         self._one_step = self.sampler(1)
 
     def turns(self, step: int) -> tuple[Turn, ...]:
-        """Return the student's turn and the fake's, one to one."""
-        return (Turn("student", ("student",)), Turn("fake", ("fake",)))
+        """Return the student's turn and the fake's, one to one; after the first steps, which are the fake's alone."""
+        fake = Turn("fake", ("fake",))
+        return (fake,) if step < self.config.fake_warmup_steps else (Turn("student", ("student",)), fake)
 
     def loss(self, turn: Turn, batch: Batch, rng: Rng, step: int) -> Loss:
         """Return the loss of the student's or of the fake's turn."""
         return self._student_loss(batch, rng, step) if turn.name == "student" else self._fake_loss(batch, rng)
 
     def _student_loss(self, batch: Batch, rng: Rng, step: int) -> Loss:
-        student = self.roles["student"]
-        z = matching.student_input(student, self._one_step, batch, rng, step=0)
-        x_g = matching.generate(student, self._one_step, z, batch.cond, step=0)
+        x_g = self._generate(batch, rng)
         x_sg = x_g.detach()
         real = guided_teacher(self.teacher, self.config.guidance, self.config.guidance_interval, batch.size, rng)
         state = self._noised(x_sg, rng, self._limits(step))
@@ -173,11 +181,21 @@ class VSD(Distiller):
         return Loss(total, {"matching": total.detach(), "gradient_abs": gradient.abs().mean()}, carry={"x_g": x_sg})
 
     def _fake_loss(self, batch: Batch, rng: Rng) -> Loss:
-        x_g = batch.carry["x_g"]
+        if "x_g" in batch.carry:  # the student's turn of this step has made the images
+            x_g = batch.carry["x_g"]
+        else:
+            with torch.no_grad():
+                x_g = self._generate(batch, rng)
         state = self._noised(x_g, rng, (0.0, 1.0))
         cond = self._with_null_share(batch.cond, rng)
         total = matching.fake_loss(self.roles["fake"], x_g, state, cond, self.config.fake_loss).mean()
         return Loss(total, {"fake": total.detach()})
+
+    def _generate(self, batch: Batch, rng: Rng) -> Tensor:
+        """Return x_g."""
+        student = self.roles["student"]
+        z = matching.student_input(student, self._one_step, batch, rng, step=0)
+        return matching.generate(student, self._one_step, z, batch.cond, step=0)
 
     def _limits(self, step: int) -> tuple[float, float]:
         late = self.config.late

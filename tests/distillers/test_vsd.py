@@ -336,6 +336,17 @@ def test_student_and_fake_take_turns_on_the_same_images():
     assert sampler.rule == "renoise" and sampler.grid.times.tolist() == [999, -1] and VSDConfig().fixed_steps == 1
 
 
+def test_the_first_steps_are_the_fakes_alone_on_images_without_graph():
+    teacher = GaussianTeacher(MEAN, VARIANCE, vp())
+    roles = StandIn(Recorder(teacher), student=Recorder(teacher), fake=Recorder(teacher))
+    distiller = VSD(VSDConfig(fake_warmup_steps=2), roles.teacher, roles, 10)
+    assert [[turn.name for turn in distiller.turns(step)] for step in range(4)] == [["fake"]] * 2 + [["student", "fake"]] * 2
+    loss = distiller.loss(distiller.turns(0)[0], Batch(Condition.none(4)), rng(), 0)
+    assert [call[:2] for call in roles["student"].calls] == [(4, False)] and bool((roles["student"].calls[0][3] == 999).all())
+    assert [call[:2] for call in roles["fake"].calls] == [(4, True)] and not roles.teacher.calls
+    assert float(loss.total) > 0  # x_g is a sample, and no fake network foretells its noise
+
+
 @pytest.mark.parametrize(("guided_fake", "fake_rows"), [(None, 4), ({}, 8)])
 def test_guidance_asks_both_branches_as_one_batch_and_the_fakes_only_where_it_is_guided(guided_fake, fake_rows):
     teacher = GaussianTeacher(MEAN, VARIANCE, vp(), class_means=CLASS_MEANS)
