@@ -1,0 +1,172 @@
+"""Few-step LoRA students of the embedded text-to-image teacher beside the teacher itself, on the captioned shapes.
+
+Every recipe of `configs/shapes/` is trained once (a killed run goes on where it was) and scored on protocol `shapes`: 5,000
+captions in each of three blocks of seeds. Scores are one JSON file each in `eval/results/`, so a study that was stopped
+goes on where it was.
+
+    python eval/shapes_study.py [--rows lcm-2 lcm-4]       # train and score what is missing, then write docs/shapes.md
+    python eval/shapes_study.py --table                    # only write docs/shapes.md from the scores that exist
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "eval" / "results"
+RUNS = ROOT / "runs" / "shapes"
+TEACHER = "shapes-sd"
+TEACHER_STEPS = 25
+NUM_COMPARED = 1000  # images of equal seeds in the comparison with the guided teacher's own
+
+
+class Row(NamedTuple):
+    """One line of the table: a student of a recipe after some of its stages, or the teacher where there is no recipe."""
+
+    what: str
+    recipe: str | None
+    steps: int
+    stages: int | None = None  # trained stages; None for all
+    guidance: float | None = None  # of the teacher; None for its own
+
+    @property
+    def guided(self) -> bool:
+        """Whether two passes a step are guided."""
+        return self.recipe is None and self.guidance != 1
+
+
+ROWS = {
+    "teacher-25": Row("teacher, DDIM, guided", None, TEACHER_STEPS),
+    "teacher-25-unguided": Row("teacher, DDIM, not guided", None, TEACHER_STEPS, guidance=1.0),
+    "teacher-4": Row("teacher, DDIM, guided", None, 4),
+    "teacher-2": Row("teacher, DDIM, guided", None, 2),
+    "lcm-4": Row("LCM", "lcm", 4),
+    "lcm-2": Row("LCM", "lcm", 2),
+    "dmd2-4": Row("DMD2", "dmd2-4", 4),
+    "dmd2-2": Row("DMD2", "dmd2-2", 2),
+    "vsd-1": Row("VSD", "vsd", 1),
+    "guidance-25": Row("guidance distillation, stage 1", "guidance", TEACHER_STEPS, stages=1),
+    "guidance-4": Row("guidance distillation, then progressive", "guidance", 4, stages=4),
+    "guidance-2": Row("guidance distillation, then progressive", "guidance", 2, stages=5),
+    "agd-25": Row("AGD", "agd", TEACHER_STEPS),
+}
+
+
+def target_of(row: Row) -> tuple[str, str | None]:
+    """Return what is scored and the checkpoint of the row's last stage, after the recipe has been trained as far as that."""
+    from diffdistill.config import load_config
+    from diffdistill.training.checkpoint import name
+    from diffdistill.training.run import train
+
+    if row.recipe is None:
+        return TEACHER, None
+    output = RUNS / row.recipe
+    config = load_config(ROOT / "configs" / "shapes" / f"{row.recipe}.yaml", [f"output={output}"])
+    train(config, resume=output.exists(), progress=False)
+    return str(output), name(sum(stage.steps for stage in config.stages[: row.stages]))
+
+
+def score(row: Row, protocol: str) -> dict:
+    """Train what a row needs, score it, and compare its images with the guided teacher's of equal seeds."""
+    import diffdistill as dd
+
+    target, checkpoint = target_of(row)
+    evaluation = dd.evaluate(target, protocol, (row.steps,), guidance=row.guidance, checkpoint=checkpoint)[row.steps]
+    result = {"row": row._asdict(), "evaluation": evaluation.to_json()}
+    if row.steps == TEACHER_STEPS and not row.guided:
+        result["rmse_to_guided_teacher"] = difference(row, target, checkpoint, protocol)
+    return result
+
+
+def difference(row: Row, target: str, checkpoint: str | None, protocol: str) -> float:
+    """Return the root mean square difference of pixels, in [-1, 1], from the guided teacher's images of equal seeds and captions."""
+    from diffdistill.evaluation.protocol import load_protocol
+    from diffdistill.targets import open_target
+
+    chosen = load_protocol(protocol)
+    seeds, captions = list(chosen.seeds(0))[:NUM_COMPARED], chosen.asked(0)[:NUM_COMPARED]
+    asked, guided = open_target(target, checkpoint=checkpoint), open_target(TEACHER)
+    ours = asked.generator(asked.sampler(row.steps, row.guidance))(seeds, captions)
+    theirs = guided.generator(guided.sampler(row.steps))(seeds, captions)
+    return (ours - theirs).square().mean().sqrt().item()
+
+
+def results() -> dict[str, dict]:
+    """Return every stored result by the row's name."""
+    return {name: json.loads(path.read_text()) for name in ROWS if (path := RESULTS / f"shapes.{name}.json").exists()}
+
+
+def line(name: str, result: dict, teacher: dict) -> str:
+    """Return one line of the table."""
+    row, evaluation = ROWS[name], result["evaluation"]
+    values, best = evaluation["values"], teacher["evaluation"]["values"]
+
+    def mean(key: str) -> float:
+        return values[key]["mean"]
+
+    def spread(key: str, digits: str, factor: float = 1.0) -> str:
+        return f"{factor * values[key]['mean']:{digits}} ± {factor * (values[key]['sd'] or 0):{digits}}"
+
+    same = result.get("rmse_to_guided_teacher")
+    return (
+        f"| {row.what} | {row.steps} | {evaluation['nfe']:g} | {spread('obeyed', '.1f', 100)} | "
+        f"{100 * (mean('obeyed') - best['obeyed']['mean']):+.1f} | {spread('clip_score', '.2f')} | "
+        f"{100 * (mean('clip_score') / best['clip_score']['mean'] - 1):+.1f} % | {spread('fid', '.2f')} | "
+        f"{mean('fid') / best['fid']['mean']:.2f} | {'' if same is None else f'{same:.3f}'} |"
+    )
+
+
+def write_page(found: dict[str, dict]) -> None:
+    """Write docs/shapes.md."""
+    from diffdistill.files import write_atomic
+
+    teacher = found["teacher-25"]
+    reference = teacher["evaluation"]["reference_values"]
+    facts = ", ".join(f"{key} {value:.3f}" for key, value in reference.items() if key in ("obeyed", "clip_score"))
+    notes = ROOT / "eval" / "shapes_notes.md"
+    page = [
+        "# Few steps from prompts: the captioned shapes",
+        "",
+        "`python eval/shapes_study.py`: protocol `shapes`, 5,000 captions in each of three blocks of seeds, mean ± standard deviation over "
+        "the blocks. `obeyed` is the share of captions of which every part is in the image, read by a detector that is no network; "
+        "CLIP score and FID are on the small CLIP's vectors, which no training uses. Differences and ratios are to the teacher's "
+        f"{TEACHER_STEPS} guided steps. Every student is a LoRA of rank 32 on one frozen backbone, but for AGD's adapters. The last column is the "
+        f"root mean square difference from the guided teacher's images of equal seeds, over {NUM_COMPARED:,} images with pixels in [-1, 1].",
+        "",
+        "| | steps | NFE | obeyed, % | difference | CLIP score | difference | FID | ratio | same images |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(line(name, found[name], teacher) for name in ROWS if name in found),
+        "",
+        f"Drawn images themselves: {facts}.",
+    ]
+    if notes.exists():
+        page += ["", notes.read_text().rstrip()]
+    write_atomic(ROOT / "docs" / "shapes.md", "\n".join(page) + "\n")
+
+
+def main() -> int:
+    """Run what is missing and write the page."""
+    from diffdistill.files import write_json
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--protocol", default="shapes")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    for name in () if options.table else options.rows:
+        path = RESULTS / f"shapes.{name}.json"
+        if not path.exists():
+            write_json(path, score(ROWS[name], options.protocol))
+            values = json.loads(path.read_text())["evaluation"]["values"]
+            print(name, {key: round(values[key]["mean"], 4) for key in ("obeyed", "clip_score", "fid")}, flush=True)
+    if "teacher-25" in results():
+        write_page(results())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
