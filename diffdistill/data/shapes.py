@@ -248,5 +248,10 @@ def shapes(num: int, seed: int = 0, only_trained: bool = True) -> Captioned:
     return Captioned(torch.cat([draw_images(part, generator) for part in _split(scenes, 1000)]), scenes)
 
 
+def shape_captions(num: int, seed: int = 0, only_trained: bool = True) -> list[str]:
+    """Return the captions of `shapes` with the same arguments, without drawing an image."""
+    return draw_scenes(num, keyed_generator("shapes", seed), only_trained=only_trained).captions()
+
+
 def _split(scenes: Scenes, size: int) -> list[Scenes]:
     return [Scenes(*fields) for fields in zip(*(field.split(size) for field in scenes), strict=True)]

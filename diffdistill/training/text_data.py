@@ -15,7 +15,7 @@ from diffdistill.data.buckets import Bucket, BucketedSource, buckets, nearest_bu
 from diffdistill.data.cache import READABLE, X0, CachedSource, TensorCache, content_key
 from diffdistill.data.captioned import ImageReader, fingerprint, load_captioned
 from diffdistill.data.prompts import read_prompts
-from diffdistill.data.shapes import SIDE, shapes
+from diffdistill.data.shapes import SIDE, shape_captions, shapes
 from diffdistill.errors import UserError
 from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.loading import Teacher
@@ -40,7 +40,7 @@ def texts(data: TextData) -> list[str]:
     if isinstance(data, PromptsData):
         return read_prompts(data.path, data.column)
     if isinstance(data, ShapesData):
-        return shapes(data.num).scenes.captions()
+        return shape_captions(data.num)
     return [record.caption for record in load_captioned(data.path, data.column)]
 
 

@@ -22,6 +22,7 @@ from diffdistill.data.shapes import (
     held_out_table,
     is_held_out,
     parse_captions,
+    shape_captions,
     shapes,
 )
 from diffdistill.evaluation.images import to_uint8
@@ -111,6 +112,15 @@ def test_images_are_a_function_of_the_seed() -> None:
     assert torch.equal(first.images, again.images) and first.scenes.captions() == again.scenes.captions()
     assert first.scenes.captions() != other.scenes.captions()
     assert first.images.shape == (20, 3, SIDE, SIDE) and float(first.images.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("only_trained", [False, True])
+def test_captions_are_those_of_the_drawn_images_without_drawing_one(
+    monkeypatch: pytest.MonkeyPatch, only_trained: bool
+) -> None:
+    expected = shapes(1500, 3, only_trained).scenes.captions()  # drawn in two parts
+    monkeypatch.setattr("diffdistill.data.shapes.draw_images", lambda *_: pytest.fail("an image was drawn"))
+    assert shape_captions(1500, 3, only_trained) == expected != shape_captions(1500, 4, only_trained)
 
 
 # The detector

@@ -131,10 +131,8 @@ def test_the_conditions_of_size_follow_the_image():
     sdxl = SimpleNamespace(config=SimpleNamespace(addition_embed_type="text_time"))
     values = FAMILIES["UNet2DConditionModel"].framed(sdxl, framing)
     assert {name: value.tolist() for name, value in values.items()} == {"time_ids": [[44, 24, 1, 0, 20, 12]]}
-    assert (
-        FAMILIES["UNet2DConditionModel"].framed(SimpleNamespace(config=SimpleNamespace(addition_embed_type=None)), framing)
-        == {}
-    )
+    sd = SimpleNamespace(config=SimpleNamespace(addition_embed_type=None))
+    assert FAMILIES["UNet2DConditionModel"].framed(sd, framing) == {}
     values = FAMILIES["PixArtTransformer2DModel"].framed(SimpleNamespace(use_additional_conditions=True), framing)
     assert values["resolution"].tolist() == [[20, 12]]
     torch.testing.assert_close(values["aspect_ratio"], torch.tensor([[20 / 12]]))

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffdistill.data.batches import keyed_generator
-from diffdistill.data.shapes import SIDE, SIZES, Captioned, Scenes, draw_images, draw_scenes, shapes
+from diffdistill.data.shapes import SIDE, SIZES, Captioned, Scenes, draw_images, draw_scenes, shape_captions
 from diffdistill.errors import UserError
 from diffdistill.files import write_json
 from diffdistill.training.teachers.fit import fit
@@ -72,7 +72,7 @@ def train(config: ClipConfig, device: torch.device, progress: bool, snapshot_eve
     """Train by the symmetric cross entropy over the batch, and measure how often an unseen image finds its caption."""
     from open_clip import ClipLoss
 
-    tokenizer = clip_tokenizer(shapes(3000, only_trained=False).scenes.captions(), config.max_tokens)
+    tokenizer = clip_tokenizer(shape_captions(3000, only_trained=False), config.max_tokens)
     described, network = build(config, tokenizer)
     network.to(device)
     criterion = ClipLoss()
