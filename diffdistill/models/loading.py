@@ -271,7 +271,8 @@ def load_teacher(
     guidance, steps = _usual_sampling(index["_class_name"])
     conditioner: Conditioner = ClassConditioner(family.classes(network, notes.get("num_classes")), str(path), device)
     if family.reads_text:
-        options = {"torch_dtype": dtype} | ({} if variant is None else {"variant": variant})
+        plain = variant is None or _lacks_variant(folder, "text_encoder", variant)
+        options = {"torch_dtype": dtype} | ({} if plain else {"variant": variant})
         constants = family.constants(network, codec.image_shape(shape)[1:])
         conditioner = PromptConditioner(
             index["_class_name"], folder, index, family, network, constants, str(path), device, options

@@ -244,6 +244,12 @@ def test_half_precision_and_variant(tmp_path: Path) -> None:
     assert loaded.condition(PROMPTS).values["encoder_hidden_states"].dtype == torch.bfloat16
 
 
+def test_a_folder_of_plain_files_is_loaded_whatever_variant_a_recipe_asks_for() -> None:
+    loaded = load_teacher(folder("sd"), variant="fp16")
+    states = loaded.condition(PROMPTS).values["encoder_hidden_states"]
+    assert torch.equal(states, teacher("sd").condition(PROMPTS).values["encoder_hidden_states"])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
