@@ -265,6 +265,9 @@ def test_an_edited_run_folder_is_noticed(teacher, tmp_path):
     file.write_text(file.read_text().replace("seed: 0", "seed: 4", 1))
     with pytest.raises(UserError, match="was made with another config than .*config.yaml, which must have been edited"):
         train(run_config(teacher, tmp_path / "run", steps=2, seed=4), resume=True, progress=False)
+    file.write_text("seed: [")
+    with pytest.raises(UserError, match=r"config.yaml is not valid YAML: line 1, column 8"):
+        train(run_config(teacher, tmp_path / "run", steps=2), resume=True, progress=False)
 
 
 def test_a_teacher_replaced_under_its_path_is_noticed(tmp_path, monkeypatch):
