@@ -157,6 +157,38 @@ def test_a_run_that_cannot_be_is_refused_before_anything_is_written(here, refuse
     assert not written(here / "run"), "the corrected run could not start in this folder"
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("kind: prompts, path: absent.txt", "no file at absent.txt"),
+        ("kind: prompts, path: empty.txt", "empty.txt holds no prompts"),
+        ("kind: prompts, path: latin.txt", "latin.txt is not UTF-8: line 1 has the byte 0xe4"),
+        ("kind: prompts, path: table.csv", "table.csv has no column 'prompt'. Columns: id, text."),
+        ("kind: captions, path: absent", "no folder of captioned images at absent"),
+        ("kind: captions, path: blind", "no images in blind"),
+        ("kind: captions, path: half", "1 images without a caption: b.png.\n  1 captions without an image: c.txt."),
+    ],
+)
+def test_texts_that_cannot_be_read_are_told_before_the_teacher_is_loaded(here, refused, monkeypatch, data, said):
+    monkeypatch.setattr("diffdistill.training.run.open_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    for folder in ("blind", "half"):
+        (here / folder).mkdir()
+    for name, content in {
+        "empty.txt": b"\n \n",
+        "latin.txt": "K\u00e4fer".encode("latin-1"),
+        "table.csv": b"id,text\n1,a fox\n",
+        "blind/a.txt": b"a fox",
+        "half/a.png": b"",
+        "half/a.txt": b"a fox",
+        "half/b.png": b"",
+        "half/c.txt": b"a fox",
+    }.items():
+        (here / name).write_bytes(content)
+    (here / "run.yaml").write_text(CONFIG)
+    text = refused("train", "run.yaml", "stages.0.method={name: dmd2, student_steps: 2, gan: null}", f"data={{{data}}}")
+    assert said in text and not written(here / "run")
+
+
 def written(run: Path) -> list[Path]:
     """Return what lies in a run folder, without the file that guards it."""
     return [path for path in run.rglob("*") if path.name != "lock"]

@@ -49,10 +49,18 @@ def read_image(content: Path | bytes, name: str, height: int, width: int, channe
     from PIL import Image, ImageOps
 
     with _opened(content, name) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
+        image = _eight_bits(ImageOps.exif_transpose(opened)).convert("RGB" if channels == 3 else "L")
         fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(fitted)).to(torch.float32)  # (H, W) or (H, W, 3)
     return (pixels / 127.5 - 1).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: Any) -> Any:
+    """Return a grey image of 16 bits in 8; Pillow's own conversion makes everything above 255 white."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)) if image.mode.startswith("I;16") else image
 
 
 def image_shape(content: Path | bytes, name: str) -> tuple[int, int]:

@@ -21,6 +21,8 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
     path = Path(path)
     if path.suffix.lower() in TABLE_SUFFIXES:
         return [prompt for (prompt,) in read_columns(path, [column])]
+    if not path.exists():
+        raise UserError(f"no file at {path}. Check the path.")
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file of prompts.")
     if path.suffix.lower() != ".txt":

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from diffdistill.config import RunConfig, StageConfig
+from diffdistill.config import RunConfig, StageConfig, TextData
 from diffdistill.errors import UserError
 from diffdistill.export.plan import plan
 from diffdistill.training import checkpoint
@@ -35,7 +35,7 @@ from diffdistill.training.preview import Preview, Validation, asked_in_samples, 
 from diffdistill.training.progress import Progress
 from diffdistill.training.stopping import Diverged, Stopped, StopSignals
 from diffdistill.training.stored import StoredStates, origin_of
-from diffdistill.training.text_data import Processes
+from diffdistill.training.text_data import Processes, texts
 from diffdistill.training.tracking import Tracker
 
 T = TypeVar("T")
@@ -161,6 +161,8 @@ class _Run:
         processes = Processes(
             self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.wait_for_everyone
         )
+        if isinstance(config.data, TextData):
+            texts(config.data)  # what is wrong with them is told before a large teacher is loaded
         self.teacher = open_teacher(config, self.accelerator.device)
         self.fingerprints = self.teacher.fingerprints()
         self.folder.check_teacher(self.fingerprints)

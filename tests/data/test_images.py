@@ -42,6 +42,13 @@ def test_images_are_resized_by_pillows_lanczos_filter():
     assert torch.allclose(read[0], torch.from_numpy(expected) / 127.5 - 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grey_image_of_16_bits_keeps_its_shades(channels):
+    levels = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
+    read = read_image(encoded(Image.fromarray(levels), "PNG"), "deep.png", 2, 2, channels)
+    assert torch.equal(read, (torch.tensor([[0.0, 100], [200, 255]]) / 127.5 - 1).expand(channels, 2, 2))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_photograph_taken_with_a_turned_camera_stands_upright(kind):
     exif = Image.Exif()

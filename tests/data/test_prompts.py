@@ -70,7 +70,7 @@ def test_another_column_and_several_columns_can_be_read(tmp_path):
 
 
 def test_files_that_are_not_there_folders_and_unknown_endings_are_refused(tmp_path):
-    for name in ("none.txt", "none.csv", "none.json"):
+    for name in ("none.txt", "none.csv", "none.json", "none", "no.ending"):
         assert refused(tmp_path / name) == "no file at FILE. Check the path."
     for name in ("folder", "folder.txt", "folder.csv"):
         (tmp_path / name).mkdir()
