@@ -47,6 +47,11 @@ def _roles_problems(config: RunConfig) -> Iterator[Problem]:
             "the shared layout keeps one frozen backbone and trains an adapter per role, so it "
             "needs one. Set roles.lora: {rank: 8}, or roles.layout: copies.",
         )
+    if layout != "shared" and config.roles.one_batch_up_to != type(config.roles).model_fields["one_batch_up_to"].default:
+        yield Problem(
+            "roles.one_batch_up_to",
+            "has no effect in layout copies, whose roles are networks of their own. Leave it out, or set roles.layout: shared.",
+        )
     known = {role for stage in config.stages for role in (*stage.needs.trained, *stage.needs.frozen)}
     for role in lora.ranks if lora is not None else ():
         if role not in known:

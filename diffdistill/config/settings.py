@@ -155,6 +155,12 @@ class RolesConfig(_Frozen):
         description="adapters that are trained in place of whole networks; null to train "
         "whole networks, which the shared layout cannot",
     )
+    one_batch_up_to: int = Field(
+        16,
+        ge=0,
+        description="shared layout: largest micro-batch for which distribution matching asks teacher and fake network as one batch, "
+        "in place of two; faster for small ones (docs/one_batch.md), equal up to rounding; 0 for never",
+    )
 
 
 def _named(name: str, config: type[MethodConfig]) -> type[MethodConfig]:

@@ -15,7 +15,7 @@ images may be added (Sec. 4.3).
 
 In memory: student and fake with their optimisers, the frozen teacher, and a small head with the adversarial loss. One
 student step costs k simulated student passes, one with gradient, the teacher's (two with guidance, as one batch), the
-fake's, and the fake's update; the other steps only rollout and fake update.
+fake's (in the same batch where `roles.one_batch_up_to` says so), and the fake's update; the other steps only rollout and fake update.
 
 Departures from the paper and its code:
 - The paper's factor alpha in the gradient is absent, as in the authors' code; `dmd` has it.

@@ -19,6 +19,7 @@ from diffdistill.math import losses, weighting
 from diffdistill.math.prediction import Prediction
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.together import predict_both
 from diffdistill.sampling.noise import BatchNoise
 from diffdistill.sampling.sampler import Sampler
 
@@ -75,8 +76,8 @@ def matching_gradient(
         factor: further weight, (B,); alpha in DMD, none in DMD2.
     Source: DMD (arXiv:2311.18828), Eq. 7 and 8; the reference code of DMD2 for the x0 form.
     """
-    x0_real = wide_x0(real(state.x_t, state.t, cond))
-    x0_fake = wide_x0(fake(state.x_t, state.t, cond))
+    by_real, by_fake = predict_both(real, fake, state.x_t, state.t, cond)
+    x0_real, x0_fake = wide_x0(by_real), wide_x0(by_fake)
     return losses.dmd_gradient(x_g, x0_real=x0_real, x0_fake=x0_fake, normaliser=normaliser, factor=factor).to(x_g.dtype)
 
 

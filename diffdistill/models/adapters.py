@@ -6,14 +6,21 @@ recomputation runs with whatever adapter is active by then. Hence two rules here
 adapter and the disabled flag of each layer and restores them; `checkpoint_in_role` enters the same state again inside the
 recomputed function.
 
+Rows of one batch may be seen in different roles (`rows_context`): the base weights run once over all rows, and each role's
+low-rank update is added to its own.
+
 W' = W + (alpha / rank) B A, with B = 0 at the start, so that a fresh adapter changes nothing. Source: arXiv:2106.09685.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -227,11 +234,75 @@ def role_context(network: nn.Module, adapter: str | None) -> Iterator[None]:
         ValueError: the network has no adapter of that name.
     """
     layers = adapter_layers(network)
-    if adapter is not None and (not layers or adapter not in layers[0].scaling):
-        raise unknown_name("adapter", adapter, layers[0].scaling if layers else (), type(network).__name__)
+    _check_adapter(network, adapter)
     state: _LayerState = ([], True) if adapter is None else ([adapter], False)
     with _switched(network, [state] * len(layers)):
         yield
+
+
+@dataclass(frozen=True)
+class InRole:
+    """`role_context` of a network and an adapter, as a denoiser's role: it can be read which network and which adapter they are.
+
+    Attributes:
+        network, adapter: as in `role_context`.
+        one_batch_up_to: most samples that may be asked in one batch with those of another role; 0 for never.
+    """
+
+    network: nn.Module
+    adapter: str | None
+    one_batch_up_to: int = 0
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """Return the context."""
+        return role_context(self.network, self.adapter)
+
+
+class RowsError(Exception):
+    """A layer whose rows are not the samples of the batch, so that no row of it belongs to a role."""
+
+
+@contextlib.contextmanager
+def rows_context(network: nn.Module, roles: Sequence[tuple[str | None, int]]) -> Iterator[None]:
+    """See the rows of one batch in different roles: the base runs on all of them, each role's update is added to its own.
+
+    The calls inside raise RowsError where a layer with adapters has not one row per sample (it folds tokens or frames into
+    them): nothing is computed then that could be wrong. What is computed equals the separate calls up to rounding.
+
+    Args:
+        network: a network from `inject_adapters`, called without gradient only.
+        roles: adapter (None: the base) and number of rows, in the order of the batch.
+    Raises:
+        ValueError: the network has no adapter of that name.
+    """
+    assert not torch.is_grad_enabled(), "updates are added in place, and checkpointing would recompute them in another role"
+    ends = list(itertools.accumulate(rows for _, rows in roles))
+    adapted = [(name, slice(end - rows, end)) for (name, rows), end in zip(roles, ends, strict=True) if name is not None]
+    for name, _ in adapted:
+        _check_adapter(network, name)
+    hook = partial(_add_updates, adapted, ends[-1])
+    with role_context(network, None), contextlib.ExitStack() as handles:
+        for layer in adapter_layers(network):
+            handles.callback(layer.register_forward_hook(hook).remove)
+        yield
+
+
+def _add_updates(
+    adapted: Sequence[tuple[str, slice]], num_rows: int, layer: Any, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """Add (alpha / rank) B A x to the rows of each adapter: the forward hook of a layer in `rows_context`."""
+    if len(output) != num_rows:
+        raise RowsError(f"a layer has {len(output)} rows in a batch of {num_rows}")
+    for adapter, rows in adapted:
+        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+        output[rows] += b(a(inputs[0][rows].to(a.weight.dtype))) * layer.scaling[adapter]  # summed in the wider dtype
+
+
+def _check_adapter(network: nn.Module, adapter: str | None) -> None:
+    """Raise ValueError where the network has no such adapter."""
+    layers = adapter_layers(network)
+    if adapter is not None and (not layers or adapter not in layers[0].scaling):
+        raise unknown_name("adapter", adapter, layers[0].scaling if layers else (), type(network).__name__)
 
 
 def checkpoint_in_role(network: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

@@ -49,7 +49,14 @@ class Guided(View):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         """Return the guided prediction, in the output type of the inner denoiser."""
-        both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.paired())
+        return self.combine(self.inner(*self.branches(x_t, t, cond)), x_t, t)
+
+    def branches(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Condition]:
+        """Return what the inner denoiser is asked: the conditional branch, then the empty one, 2B rows."""
+        return torch.cat([x_t, x_t]), torch.cat([t, t]), cond.paired()
+
+    def combine(self, both: Prediction, x_t: Tensor, t: Tensor) -> Prediction:
+        """Return the guided prediction of B rows from that of the 2B rows of `branches`."""
         raw_cond, raw_null = both.raw.chunk(2)
         alpha, sigma = self.schedule.coefficients(t)
         return Prediction(both.kind, guide(raw_cond, raw_null, self._scales(t)), x_t, alpha, sigma)

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from diffdistill.errors import UserError, did_you_mean, unknown_name
 from diffdistill.models.adapters import (
+    InRole,
     LoraSpec,
     adapter_layers,
     adapter_parameters,
     checkpoint_in_role,
     inject_adapters,
     merged_state,
-    role_context,
 )
 from diffdistill.models.denoiser import Denoiser, OfNetwork, network_of
 from diffdistill.models.extras import add_extra_inputs, extra_inputs_of
@@ -199,6 +199,7 @@ def build_roles(
     head: nn.Module | None = None,
     extra_inputs: Sequence[str] = (),
     guidance_adapters: GuidanceAdapterSpec | None = None,
+    one_batch_up_to: int = 0,
 ) -> Roles:
     """Build the roles of a run. All start equal to the template; all require gradient until the first `train_only`.
 
@@ -211,6 +212,7 @@ def build_roles(
         head: discriminator head, trained under the name "head".
         extra_inputs: further inputs of the roles' networks, see `extras`; the teacher has none.
         guidance_adapters: trained in place of whole networks or LoRA, see `guidance_adapters`; the teacher's are muted.
+        one_batch_up_to: most samples for which roles of one network, the teacher too, may be asked as one batch, see `together`.
     Raises:
         UserError: the layout asks for what is not there (shared without lora, a network that holds adapters already, LoRA
             targets that match nothing, a teacher without network and no template).
@@ -261,9 +263,9 @@ def build_roles(
         assert lora is not None
         network.eval()
         inject_adapters(network, names, lora, presets)
-        teacher = source.with_role(partial(role_context, network, None))
+        teacher = source.with_role(InRole(network, None, one_batch_up_to))
         for name in names:
-            denoisers[name] = source.with_role(partial(role_context, network, name))
+            denoisers[name] = source.with_role(InRole(network, name, one_batch_up_to))
             trained[name] = adapter_parameters(network, name)
     else:
         for name in names:
@@ -273,7 +275,7 @@ def build_roles(
                 trained[name] = _trainable(own)
             else:
                 inject_adapters(own, (name,), lora, presets)
-                denoiser = denoiser.with_role(partial(role_context, own, name))
+                denoiser = denoiser.with_role(InRole(own, name))
                 extra = extra_inputs_of(own)
                 whole = set() if extra is None else {id(parameter) for parameter in extra.parameters()}
                 trained[name] = adapter_parameters(own, name) | {

@@ -59,6 +59,7 @@ def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:
         head=head,
         extra_inputs=tuple(inputs),
         guidance_adapters=adapters,
+        one_batch_up_to=config.roles.one_batch_up_to,
     )
 
 

@@ -48,12 +48,13 @@ METHODS = {
 }
 
 
-def build(method, layout, family):
+def build(method, layout, family, one_batch_up_to=0, dtype=torch.float32):
     name, values = METHODS[method]
     cls = registry.get(name)
     config = cls.Config(**values)
     needs = cls.needs(config)
     base = network_teacher(family)
+    base.network.to(dtype)
     lora = LoraSpec(rank=2, targets="all") if layout == "shared" and needs.guidance_adapters is None else None
     head = build_head(base, "mid", 8) if needs.head else None
     if head is not None:  # a head that is not blind
@@ -66,6 +67,7 @@ def build(method, layout, family):
         head=head,
         extra_inputs=needs.extra_inputs,
         guidance_adapters=needs.guidance_adapters,
+        one_batch_up_to=one_batch_up_to,
     )
     for role in needs.trained + needs.frozen:  # fresh adapters: B = 0 makes the gradient of A vanish; move off that point
         offset = torch.Generator().manual_seed(len(role))
@@ -233,3 +235,43 @@ def test_shared_adapters_have_the_gradients_of_copies_with_adapters():
     assert found["copies"].keys() == found["shared"].keys()
     for key, gradient in found["copies"].items():
         torch.testing.assert_close(found["shared"][key], gradient, atol=1e-7, rtol=1e-5)
+
+
+def turns_of(method, family, one_batch_up_to):
+    """The gradients of a step's turns, and the rows of their passes with gradient left out, turn by turn."""
+    needs, roles, distiller = build(method, "shared", family, one_batch_up_to, torch.float64)
+    found, rows, carry = [], [], {}
+    roles.teacher.network.register_forward_hook(
+        lambda network, inputs, output: None if output[0].requires_grad else rows[-1].append(len(output[0]))
+    )
+    for turn in distiller.turns(0):
+        roles.train_only(turn.trains)
+        rows.append([])
+        loss = distiller.loss(turn, batch(needs, carry), rng(3), 0)
+        loss.total.backward()
+        found.append({key: value for key, value in gradients(roles, turn.trains).items() if value is not None})
+        carry = loss.carry
+        for parameter in (p for name in needs.trained for p in roles.parameters(name)):
+            parameter.grad = None
+    return found, rows
+
+
+@pytest.mark.parametrize(
+    ("method", "apart", "together"),
+    [
+        ("dmd", [SIZE, SIZE], [2 * SIZE]),
+        ("vsd", [2 * SIZE, SIZE], [3 * SIZE]),
+        ("dmd2", [2 * SIZE, SIZE], [3 * SIZE]),
+        ("swiftbrush", [2 * SIZE, 2 * SIZE], [4 * SIZE]),
+    ],
+)
+@pytest.mark.parametrize("family", ["unet2d", "dit"])
+def test_teacher_and_fake_as_one_batch_changes_the_passes_and_no_gradient(method, apart, together, family):
+    """In the matching gradient alone: the fake's own step is a pass with graph, as before."""
+    (expected, passes), (found, fewer) = (turns_of(method, family, limit) for limit in (SIZE - 1, SIZE))
+    assert passes[0][-len(apart) :] == apart and passes[1] == []
+    assert fewer[0] == [*passes[0][: -len(apart)], *together] and fewer[1] == []
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys() and ours
+        for key, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[key], rtol=1e-6, atol=1e-8 * float(theirs[key].abs().max()))

@@ -1,0 +1,82 @@
+"""Two denoisers asked at the same states, as one batch where they are roles of one network.
+
+Distribution matching asks the teacher, for both branches of its guidance, and the fake network at every x_s. In the shared
+layout the three rows of a sample run through the same base weights, and only the fake's low-rank update tells them apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffdistill.math.prediction import Prediction
+from diffdistill.models.adapters import InRole, RowsError, rows_context
+from diffdistill.models.condition import Condition
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.guidance import Guided
+
+
+@torch.no_grad()
+def predict_both(first: Denoiser, second: Denoiser, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Prediction]:
+    """Return first(x_t, t, cond) and second(x_t, t, cond), without graph; from one pass where that is allowed and possible.
+
+    It is where they, or the denoisers they guide, are roles of one network built with `one_batch_up_to` at least B, and each
+    layer with adapters has one row per sample. The numbers are those of two passes up to rounding.
+
+    Args:
+        first, second: two denoisers, each guided or not.
+        x_t: noisy states, (B, *sample_shape).
+        t: (B,).
+        cond: B rows.
+    """
+    calls = [_call(denoiser, x_t, t, cond) for denoiser in (first, second)]
+    said = _in_one_pass(calls, len(x_t))
+    if said is None:
+        said = [call.denoiser(call.x_t, call.t, call.cond) for call in calls]
+    one, other = (call.answer(prediction) for call, prediction in zip(calls, said, strict=True))
+    return one, other
+
+
+class _Call(NamedTuple):
+    """What a denoiser asks of the one it is made of, and how it answers from that."""
+
+    denoiser: Any
+    x_t: Tensor
+    t: Tensor
+    cond: Condition
+    answer: Callable[[Prediction], Prediction]
+
+
+def _call(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition) -> _Call:
+    if isinstance(denoiser, Guided):
+        return _Call(denoiser.inner, *denoiser.branches(x_t, t, cond), partial(denoiser.combine, x_t=x_t, t=t))
+    return _Call(denoiser, x_t, t, cond, lambda prediction: prediction)
+
+
+def _in_one_pass(calls: Sequence[_Call], num_samples: int) -> list[Prediction] | None:
+    """Return what each is told, from one batch of all their rows; None where that is not allowed or not possible."""
+    views = [getattr(call.denoiser, "role", None) for call in calls]
+    roles = [role for role in views if isinstance(role, InRole) and num_samples <= role.one_batch_up_to]
+    if len(roles) < len(calls):
+        return None
+    one = calls[0].denoiser
+    if any(dataclasses.replace(call.denoiser, role=one.role) != one for call in calls):  # another network, or another schedule
+        return None
+    rows = [len(call.x_t) for call in calls]
+    adapters = [(role.adapter, num) for role, num in zip(roles, rows, strict=True)]
+    view = one.with_role(partial(rows_context, one.network, adapters))
+    try:
+        said = view(
+            torch.cat([call.x_t for call in calls]),
+            torch.cat([call.t for call in calls]),
+            Condition.cat([c.cond for c in calls]),
+        )
+    except RowsError:
+        return None
+    columns = (said.raw, said.x_t, said.alpha, said.sigma)
+    return [Prediction(said.kind, *parts) for parts in zip(*(column.split(rows) for column in columns), strict=True)]
