@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffdistill.models.quantize import num_values, stored_bytes
 from diffdistill.models.roles import Roles
 from diffdistill.training.optimizers import OptimizerConfig
 
@@ -72,7 +73,7 @@ def _row(role: str, parameters: Sequence[Tensor], trained: Sequence[Tensor], opt
         moments = int(optimizer.betas[0] > 0) if optimizer.name == "sgd" else 2
     return MemoryRow(
         role,
-        sum(parameter.numel() for parameter in parameters),
+        sum(num_values(parameter) for parameter in parameters),
         sum(parameter.numel() for parameter in trained) if optimizer else 0,
         _bytes(parameters),
         gradient,
@@ -81,4 +82,4 @@ def _row(role: str, parameters: Sequence[Tensor], trained: Sequence[Tensor], opt
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(stored_bytes(tensor) for tensor in tensors)

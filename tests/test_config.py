@@ -226,6 +226,8 @@ def test_a_list_of_wrong_elements_is_one_mistake(write):
         (DMD2, ["stages.0.method.gan={}"], "stages.0.method", "learns from images"),
         (DMD2, ["roles.lora=null"], "roles.lora", "shared layout"),
         (DMD2, ["roles.lora.ranks={fakr: 2}"], "roles.lora.ranks.fakr", "Did you mean 'fake'?"),
+        (DMD2, ["roles={}", "teacher_options.quantize=int8"], "teacher_options.quantize", "adapters of one network"),
+        (DMD2, ["roles={layout: copies, lora: {rank: 2}}", "teacher_options.quantize=nf4"], "teacher_options.quantize", "null"),
         (DMD2, ["roles={one_batch_up_to: 4}"], "roles.one_batch_up_to", "has no effect in layout copies"),
         (PROGRESSIVE, ["batch_size=10", "micro_batch_size=4"], "micro_batch_size", "Set it to 2"),
         (PROGRESSIVE, ["micro_batch_size=256"], "micro_batch_size", "Set it to 128"),

@@ -52,6 +52,12 @@ def _roles_problems(config: RunConfig) -> Iterator[Problem]:
             "roles.one_batch_up_to",
             "has no effect in layout copies, whose roles are networks of their own. Leave it out, or set roles.layout: shared.",
         )
+    if config.teacher_options.quantize is not None and (layout != "shared" or lora is None):
+        yield Problem(
+            "teacher_options.quantize",
+            "rounds the weights for good, so all that can be trained on them are adapters of one network. Set roles: {layout: shared, "
+            "lora: {rank: 8}}, or quantize: null.",
+        )
     known = {role for stage in config.stages for role in (*stage.needs.trained, *stage.needs.frozen)}
     for role in lora.ranks if lora is not None else ():
         if role not in known:

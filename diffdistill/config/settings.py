@@ -17,6 +17,7 @@ from diffdistill.distillers import registry
 from diffdistill.distillers.base import MethodConfig, Needs
 from diffdistill.mistakes import impossible
 from diffdistill.models.adapters import LoraSpec
+from diffdistill.models.quantize import Quantization
 from diffdistill.training.optimizers import OptimizerConfig
 
 
@@ -113,6 +114,11 @@ class TeacherOptions(_Frozen):
     )
     variant: str | None = Field(None, description="of the weight files, such as fp16; null for the plain ones")
     size: int | None = Field(None, gt=0, description="edge of the images in pixels; null for what the network was made for")
+    quantize: Quantization | None = Field(
+        None,
+        description="what the linear layers of the frozen network's blocks are rounded to, for adapters in the shared layout: int8 "
+        "(torchao), or nf4 (bitsandbytes, on a GPU); null for as they are",
+    )
 
 
 class PairsConfig(_Frozen):

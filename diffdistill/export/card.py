@@ -140,6 +140,12 @@ def _notes(manifest: Manifest) -> list[str]:
         f"- The sampler is `{manifest.scheduler.class_name}` with the settings in `scheduler/`. Other settings visit "
         "times the student was not trained for.",
     ]
+    if manifest.trained_on is not None:
+        notes.append(
+            f"- The adapter was trained on the base's weights rounded to {manifest.trained_on.weights}, and is used and checked here on "
+            f"the base's own: samples differ by {manifest.trained_on.sample_gap:.1%} (root mean square) from those on the rounded "
+            "weights, on which metrics of the training run were taken."
+        )
     if not manifest.pipeline_takes_lora:
         form = "merged" if manifest.kind == "merged" else "PEFT"
         notes.append(f"- `{manifest.pipeline_class}` has no `load_lora_weights`, so this folder is in the {form} form.")

@@ -14,9 +14,9 @@ from torch import nn
 
 from diffdistill.errors import UserError
 from diffdistill.export.card import REFERENCE_PROMPTS, card
-from diffdistill.export.manifest import MANIFEST, REFERENCE, Base, Manifest, SchedulerRecord
+from diffdistill.export.manifest import MANIFEST, REFERENCE, Base, Manifest, SchedulerRecord, TrainedOn
 from diffdistill.export.plan import Plan, plan
-from diffdistill.export.reference import write_reference
+from diffdistill.export.reference import rounding_gap, write_reference
 from diffdistill.export.verify import VerificationError
 from diffdistill.export.verify import verify as verify_export
 from diffdistill.export.weights import StudentRoles, choose_kind, write_weights
@@ -25,6 +25,7 @@ from diffdistill.models.conditioning import quiet_dtype
 from diffdistill.models.extras import extra_inputs_of
 from diffdistill.models.loading import Teacher, resolve
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.roles import Roles, build_roles
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.sampling.stock import stock_times
 
@@ -42,6 +43,9 @@ def export(
     verify: bool = True,
 ) -> Manifest:
     """Write a role as a folder for stock diffusers, and let stock diffusers reproduce the student from it.
+
+    Where the adapter was trained on rounded weights (`teacher.quantized`), what leaves is the adapter on the base's own: the
+    reference, the merged form and every check are of that, and the manifest says by how much its samples differ.
 
     Args:
         teacher: what the student was distilled from.
@@ -69,9 +73,17 @@ def export(
         pipeline = _load_pipeline(planned.pipeline_class, base, dtype)
         network = getattr(pipeline, teacher.family.component)
         record = _base(teacher.path, base, network)
+        trained = student
+        if teacher.quantized is not None:
+            roles = _on_own_weights(teacher, roles, role, network)
+            student = _student(roles, role, planned)
         adapter = write_weights(folder, chosen, pipeline, teacher, roles, role, planned, base)
         prompts = REFERENCE_PROMPTS if teacher.family.reads_text else None
         write_reference(folder / REFERENCE, teacher, student, planned.samplers, prompts)
+        trained_on = None
+        if teacher.quantized is not None:
+            gap = rounding_gap(folder / REFERENCE, teacher, trained, planned.samplers, prompts)
+            trained_on = TrainedOn(weights=teacher.quantized, sample_gap=gap)
         manifest = Manifest(
             kind=chosen,
             base=record,
@@ -90,6 +102,7 @@ def export(
             gives_sigmas=planned.gives_sigmas,
             dtype=str(dtype).removeprefix("torch."),
             adapter=adapter,
+            trained_on=trained_on,
             method=method,
             metrics=dict(metrics or {}),
             versions=_versions(),
@@ -120,6 +133,13 @@ def _student(roles: StudentRoles, role: str, planned: Plan) -> NetworkDenoiser:
     if student.kind != wanted:
         raise UserError(f"role {role!r} predicts {student.kind!r} and the scheduler expects {wanted!r}.")
     return student
+
+
+def _on_own_weights(teacher: Teacher, roles: StudentRoles, role: str, network: nn.Module) -> Roles:
+    """Return a role whose adapter was trained on rounded weights, with the adapter on a copy of the base's own network."""
+    own = build_roles(teacher.denoiser.with_network(network), (role,), "copies", roles.lora)  # type: ignore[attr-defined]
+    own.load_state(role, roles.adapter_state(role))
+    return own
 
 
 def _load_pipeline(name: str, base: str, dtype: torch.dtype) -> Any:

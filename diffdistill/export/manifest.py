@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffdistill.errors import UserError
 from diffdistill.files import write_json
+from diffdistill.models.quantize import Quantization
 
 MANIFEST = "diffdistill.json"
 REFERENCE = "reference.safetensors"
@@ -50,6 +51,15 @@ class Adapter(_Frozen):
     targets: tuple[str, ...] = Field(description="full names of the adapted layers")
     num_tensors: int
     scale_folded: bool = True
+
+
+class TrainedOn(_Frozen):
+    """The rounded weights that an adapter was trained on; it leaves for the base's own."""
+
+    weights: Quantization = Field(description="what the linear layers of the blocks were rounded to")
+    sample_gap: float = Field(
+        description="root mean square difference of the reference samples on rounded and on own weights, over that of the latter"
+    )
 
 
 class Check(_Frozen):
@@ -109,6 +119,7 @@ class Manifest(_Frozen):
     gives_sigmas: bool = Field(False, description="whether the pipeline tells its scheduler sigmas, not a number of steps")
     dtype: str = Field("float32", description="of the network's weights, in which the reference was made")
     adapter: Adapter | None = None
+    trained_on: TrainedOn | None = Field(None, description="null for the base's own weights")
     method: str = ""
     metrics: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)

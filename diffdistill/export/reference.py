@@ -44,8 +44,7 @@ def write_reference(
     from safetensors.torch import save_file
 
     seeds, labels = list(range(NUM_REFERENCES)), reference_labels(teacher.num_classes)
-    asked = prompts if prompts is not None else None if labels is None else torch.tensor(labels)
-    cond = teacher.condition(asked, len(seeds)).to("cpu")
+    cond = _condition(teacher, prompts).to("cpu")
     tensors = {"seeds": torch.tensor(seeds)} | ({} if labels is None else {"labels": torch.tensor(labels)})
     with _on_cpu(student.network):
         dtype = next(student.network.parameters()).dtype
@@ -58,6 +57,30 @@ def write_reference(
                 f"{count}.final": final,
             }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+@torch.no_grad()
+def rounding_gap(
+    path: Path, teacher: Teacher, trained: NetworkDenoiser, samplers: Mapping[int, Sampler], prompts: Sequence[str] | None
+) -> float:
+    """Return the root mean square difference of the samples of `trained`, on rounded weights, from the reference's, over theirs.
+
+    In the largest number of steps; on the device the rounded network lives on.
+    """
+    from safetensors.torch import load_file
+
+    count, sampler = max(samplers.items())
+    wanted = load_file(path)[f"{count}.final"]
+    noise = Noise(range(NUM_REFERENCES), teacher.device)
+    found = sampler.sample(trained, noise, _condition(teacher, prompts)).to(wanted.device, wanted.dtype)
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def _condition(teacher: Teacher, prompts: Sequence[str] | None) -> Condition:
+    """Return what the reference samples are asked for."""
+    labels = reference_labels(teacher.num_classes)
+    asked = prompts if prompts is not None else None if labels is None else torch.tensor(labels)
+    return teacher.condition(asked, NUM_REFERENCES)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from diffdistill.models.conditioning import Asked, ClassConditioner, Conditioner
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.network import Classes, EDMDenoiser, Family, FamilyDenoiser, NetworkDenoiser
+from diffdistill.models.quantize import Quantization, quantize
 
 EMBEDDED = ("digits-unet", "digits-dit")
 INDEX = "model_index.json"
@@ -43,6 +44,7 @@ class Teacher:
         guidance: the guidance this teacher is usually sampled with, counted from 1.
         steps: the number of steps it is usually sampled with.
         conditioner: makes conditions of labels or prompts.
+        quantized: what the network's block weights are rounded to, None for as they are.
     """
 
     denoiser: FamilyDenoiser
@@ -55,6 +57,7 @@ class Teacher:
     guidance: float
     steps: int
     conditioner: Conditioner
+    quantized: Quantization | None = None
 
     @property
     def classes(self) -> Classes:
@@ -229,6 +232,7 @@ def load_teacher(
     device: torch.device | str = "cpu",
     variant: str | None = None,
     size: int | None = None,
+    quantized: Quantization | None = None,
 ) -> Teacher:
     """Load a teacher from a diffusers pipeline folder, a hub id, or an embedded name.
 
@@ -240,10 +244,12 @@ def load_teacher(
         device: where everything is put.
         variant: of the weight files, such as "fp16"; parts without it are loaded from their plain files.
         size: edge of the images in pixels; None for the size the network was made for.
+        quantized: what the network's block weights are rounded to, see `quantize`; such a teacher carries adapters only.
     Returns:
         The frozen teacher, in eval mode.
     Raises:
-        UserError: nothing there, not a diffusers folder, a class that is not supported, or a size its autoencoder cannot make.
+        UserError: nothing there, not a diffusers folder, a class that is not supported, a size its autoencoder cannot make,
+            or no package that rounds.
     """
     import diffusers
 
@@ -252,6 +258,8 @@ def load_teacher(
     component, class_name = _network_entry(index, folder)
     family, device = FAMILIES[class_name], torch.device(device)
     network = _load_part(folder, component, class_name, variant, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    if quantized is not None:
+        quantize(network, family, quantized)
     scheduler_class = _scheduler_class(index, folder)
     scheduler = _load_part(folder, "scheduler", scheduler_class)
     codec = Codec()
@@ -289,6 +297,7 @@ def load_teacher(
         float(notes.get("guidance", guidance if family.reads_text else 1.0)),
         steps,
         conditioner,
+        quantized,
     )
 
 

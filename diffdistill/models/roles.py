@@ -38,6 +38,7 @@ from diffdistill.models.denoiser import Denoiser, OfNetwork, network_of
 from diffdistill.models.extras import add_extra_inputs, extra_inputs_of
 from diffdistill.models.guidance_adapters import GuidanceAdapterSpec, add_guidance_adapters, muted
 from diffdistill.models.network import FamilyDenoiser
+from diffdistill.models.quantize import is_quantized
 
 Layout = Literal["copies", "shared"]
 
@@ -155,7 +156,15 @@ class Roles:
     # --- for export ---------------------------------------------------------------------------------------------------------
 
     def network_state(self, name: str) -> dict[str, Tensor]:
-        """Return copies of the role's full network under plain diffusers keys, adapters merged: W + (alpha / rank) B A."""
+        """Return copies of the role's full network under plain diffusers keys, adapters merged: W + (alpha / rank) B A.
+
+        Raises:
+            UserError: the network's weights are rounded.
+        """
+        if is_quantized(_network(self[name])):
+            raise UserError(
+                "these roles stand on rounded weights; put the adapter (adapter_state) on the base's own to merge it."
+            )
         return merged_state(_network(self[name]), None if self.lora is None else name)
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
@@ -231,6 +240,8 @@ def build_roles(
             "the network to build roles from holds adapters already; load it afresh, or merge them "
             "(Roles.network_state) into a plain network first."
         )
+    if is_quantized(network) and (layout != "shared" or lora is None):
+        raise UserError("a network of rounded weights carries adapters of the shared layout only. Load it without quantized.")
     presets = source.family.lora_targets if isinstance(source, FamilyDenoiser) else {}
     if guidance_adapters is not None:
         _check_guidance_adapters(names, layout, lora, extra_inputs)

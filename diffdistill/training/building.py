@@ -41,7 +41,7 @@ def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:
     """Load the run's teacher as the config asks."""
     options = config.teacher_options
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    return load_teacher(config.teacher, dtype, device, options.variant, options.size)
+    return load_teacher(config.teacher, dtype, device, options.variant, options.size, options.quantize)
 
 
 def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:

@@ -91,6 +91,32 @@ def test_a_half_precision_base_trains_and_leaves_as_a_verified_lora(place):
     assert manifest.dtype == "bfloat16" and manifest.verification is not None and manifest.verification.passed
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_base_rounded_to_int8_trains_adapters_that_leave_for_the_base_s_own_weights(place):
+    """Adapters move, codes do not; the exports are checked on the weights as they are, and say what they were trained on."""
+    train(config(place, "int8", DMD2, teacher_options={"size": 16, "quantize": "int8"}), progress=False)
+    loaded, fresh = load_run(place / "int8"), load_teacher(place / "sd", size=16, quantized="int8")
+    assert loaded.teacher.quantized == "int8"
+    assert all(bool(tensor.any()) for key, tensor in loaded.roles.adapter_state("student").items() if "lora_B" in key)
+    own = {key.replace(".base_layer", ""): value for key, value in loaded.teacher.network.named_parameters()}
+    for key, parameter in fresh.network.named_parameters():
+        parts = [getattr(each, "qdata", each) for each in (parameter, own[key])]
+        assert torch.equal(*parts), key
+
+    for kind in ("lora", "merged"):
+        manifest = export(loaded.teacher, loaded.roles, loaded.sampler(2), place / f"int8-{kind}", kind)
+        assert manifest.verification is not None and manifest.verification.passed, str(manifest.verification)
+        assert manifest.trained_on is not None and manifest.trained_on.weights == "int8"
+        assert 1e-5 < manifest.trained_on.sample_gap < 0.1
+        assert "trained on the base's weights rounded to int8" in (place / f"int8-{kind}" / "README.md").read_text()
+    merged = load_teacher(place / "int8-merged", size=16).network.state_dict()
+    base = load_teacher(place / "sd", size=16).network.state_dict()
+    update = loaded.roles.adapter_state("student")
+    name = next(key for key in update if key.endswith("to_q.lora_A.weight")).removesuffix(".lora_A.weight")
+    wanted = base[f"{name}.weight"] + update[f"{name}.lora_B.weight"] @ update[f"{name}.lora_A.weight"]
+    torch.testing.assert_close(merged[f"{name}.weight"], wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_the_readme_s_run_from_prompts_trains_as_it_stands(place, monkeypatch):
     """The YAML of the README, with a small pipeline in the teacher's place, in bf16 as it says."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -154,4 +180,9 @@ def test_mistakes_are_named(place, make, message):
 
 def test_run_folder_says_how_the_teacher_was_loaded(place):
     run = config(place, "options", DMD2)
-    assert json.loads(run.model_dump_json())["teacher_options"] == {"dtype": "fp32", "variant": None, "size": 16}
+    assert json.loads(run.model_dump_json())["teacher_options"] == {
+        "dtype": "fp32",
+        "variant": None,
+        "size": 16,
+        "quantize": None,
+    }

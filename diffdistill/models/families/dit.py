@@ -24,6 +24,7 @@ class DiT(Family):
     component = "transformer"
     lora_targets = {
         "attention": ATTENTION,
+        "attention+ff": (*ATTENTION, *FEED_FORWARD),
         "all": (
             *ATTENTION,
             *FEED_FORWARD,
