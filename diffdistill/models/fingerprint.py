@@ -20,5 +20,5 @@ def weights_fingerprint(module: nn.Module) -> str:
         for part in stored_parts(tensor):
             values = part.detach().cpu().contiguous()
             digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}|".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy() if values.numel() else b"")
+            digest.update(values.flatten().view(torch.uint8).numpy().data if values.numel() else b"")
     return digest.hexdigest()

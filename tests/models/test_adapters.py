@@ -69,7 +69,8 @@ def test_adapter_is_w_plus_scale_b_a(kind):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_merged_state_loads_in_a_fresh_network_and_gives_the_live_output(kind):
     net, plain = adapted(kind)
-    fresh, batch = network(kind, seed=9).eval(), inputs()
+    fresh, batch = network(kind, seed=9).eval().double(), inputs()
+    net.network.double()
     for role in (*ROLES, None):
         fresh.load_state_dict(merged_state(net.network, role), strict=True)
         torch.testing.assert_close(plain.with_network(fresh)(*batch).raw, run(net, role, batch), atol=1e-6, rtol=1e-6)
