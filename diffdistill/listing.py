@@ -56,7 +56,7 @@ def _teachers() -> list[dict[str, Any]]:
         found.append(
             {
                 "name": name,
-                "network": config.get("network"),
+                "network": config.get("network") or config.get("pipeline"),
                 "parameters": results.get("num_parameters"),
                 "predicts": config.get("scheduler_config", {}).get("prediction_type"),
                 "classes": config.get("num_classes"),

@@ -25,7 +25,7 @@ from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.network import Classes, EDMDenoiser, Family, FamilyDenoiser, NetworkDenoiser
 from diffdistill.models.quantize import Quantization, quantize
 
-EMBEDDED = ("digits-unet", "digits-dit")
+EMBEDDED = ("digits-unet", "digits-dit", "shapes-sd")
 INDEX = "model_index.json"
 
 
