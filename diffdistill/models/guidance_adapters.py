@@ -126,11 +126,12 @@ class OffsetAdapter(nn.Module):
             _zero_linear(hidden, width_out),
         )
 
-    def forward(self, h: Tensor, tokens: Tensor, prompt: Tensor | None) -> Tensor:
-        """Return A, (B, 1, D), from tokens (B, L, H) and the prompt's (B, M, P); h has no part in it."""
+    def forward(self, h: Tensor, tokens: Tensor, prompt: Tensor | None, padding: Tensor | None = None) -> Tensor:
+        """Return A, (B, 1, D), from tokens (B, L, H) and the prompt's (B, M, P) without its padding; h has no part in it."""
         g = tokens.sum(1)
         if self.prompt is not None and prompt is not None:
-            g = g + self.prompt(prompt.mean(1))
+            weight = torch.ones_like(prompt[..., :1]) if padding is None else (~padding)[..., None].to(prompt.dtype)
+            g = g + self.prompt((prompt * weight).sum(1) / weight.sum(1).clamp(min=1))
         return self.out(self.norm(F.relu(self.hidden(g))))[:, None]
 
 
@@ -143,12 +144,20 @@ class CrossAttentionAdapter(nn.Module):
         self.q, self.k, self.v = (_linear(width, hidden, bias=False) for width in (width_in, hidden, hidden))
         self.out = _zero_linear(hidden, width_out)
 
-    def forward(self, h: Tensor, tokens: Tensor, prompt: Tensor | None) -> Tensor:
-        """Return A, (B, N, D), from the block's input h (B, N, D_in), tokens (B, L, H) and the prompt's (B, M, P)."""
+    def forward(self, h: Tensor, tokens: Tensor, prompt: Tensor | None, padding: Tensor | None = None) -> Tensor:
+        """Return A, (B, N, D), from the block's input h (B, N, D_in), tokens (B, L, H) and the prompt's (B, M, P) without its padding.
+
+        Args:
+            h, tokens, prompt: as above.
+            padding: which of the prompt's tokens say nothing, (B, M) bool; None where all count.
+        """
+        seen = None
         if self.prompt is not None and prompt is not None:
+            if padding is not None:
+                seen = torch.cat([padding.new_ones(tokens.shape[:2]), ~padding], dim=1)[:, None]  # (B, 1, L + M)
             tokens = torch.cat([tokens, self.prompt(prompt)], dim=1)
         tokens = tokens + position_code(tokens.shape[1], tokens.shape[2], tokens.device, tokens.dtype)
-        return self.out(F.scaled_dot_product_attention(self.q(h), self.k(tokens), self.v(tokens)))
+        return self.out(F.scaled_dot_product_attention(self.q(h), self.k(tokens), self.v(tokens), attn_mask=seen))
 
 
 _KINDS: Mapping[str, Callable[[int, int, int, int | None], nn.Module]] = {
@@ -223,7 +232,7 @@ class GuidanceAdapters(ConditionReader):
         h = _positions(args[0] if args else kwargs["hidden_states"]).to(weight.dtype)
         prompt = kwargs.get("encoder_hidden_states")
         prompt = None if prompt is None else prompt.to(weight.dtype)
-        change = self.blocks[path.replace(".", "/")](h, self._tokens(), prompt)  # (B, N or 1, D)
+        change = self.blocks[path.replace(".", "/")](h, self._tokens(), prompt, _padding(kwargs))  # (B, N or 1, D)
         if self.spec.gated:
             change = change * (values["guidance"] - 1).to(change.dtype)[:, None, None]
         if first.ndim == 4:
@@ -242,6 +251,12 @@ class GuidanceAdapters(ConditionReader):
                 tokens.append(self.label(self.values["label"].to(dtype)))
             self.values = {**self.values, "tokens": torch.stack(tokens, dim=1)}
         return self.values["tokens"]
+
+
+def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return which tokens of the prompt a block leaves out, (B, M) bool: diffusers adds -10000 to their scores, 0 to the others'."""
+    bias = kwargs.get("attention_mask")
+    return None if bias is None or kwargs.get("encoder_hidden_states") is None else bias[:, 0] < -1
 
 
 def _positions(h: Tensor) -> Tensor:

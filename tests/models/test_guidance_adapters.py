@@ -140,6 +140,17 @@ def test_the_prompts_tokens_join_the_attention_and_their_mean_the_offset():
     )
 
 
+def test_padding_of_a_prompt_counts_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    h, tokens, prompt = (torch.randn(2, n, d, generator=generator) for n, d in ((5, 6), (2, 8), (7, 3)))
+    padding = torch.arange(7).expand(2, 7) >= 4
+    for adapter in (OffsetAdapter(6, 4, 8, 3), CrossAttentionAdapter(6, 4, 8, 3)):
+        perturb([*adapter.parameters()], 0, 0.5)
+        short = adapter(h, tokens, prompt[:, :4])
+        torch.testing.assert_close(adapter(h, tokens, prompt, padding), short, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(adapter(h, tokens, prompt), short, atol=1e-3)
+
+
 def test_the_code_of_w_has_normal_frequencies_and_tells_near_values_apart_smoothly():
     encoder = ScalarEncoder(64)
     seen = []
@@ -373,3 +384,37 @@ def test_a_text_networks_adapters_sit_at_its_cross_attention_and_see_the_prompt(
     for block in adapters.blocks.values():
         block.prompt.weight.data.zero_()
     assert not torch.allclose(net(batch.x, batch.t, cond).raw, raw, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["offset", "cross_attention"])
+def test_adapters_leave_out_the_tokens_that_the_network_is_told_to(kind):
+    from diffusers import PixArtTransformer2DModel
+
+    from diffdistill.models.condition import Condition
+    from diffdistill.models.families import FAMILIES
+
+    torch.manual_seed(0)
+    network = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        cross_attention_dim=8,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=6,
+        use_additional_conditions=False,
+    ).eval()
+    net = replace(denoiser("unet"), network=network, family=FAMILIES["PixArtTransformer2DModel"])
+    perturb(add_guidance_adapters(network, net.family, spec(kind)).parameters(), 0, 0.3)
+    batch, text = inputs(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+
+    def raw(text, told=3):
+        mask = (torch.arange(5) < told).expand(2, 5).long()
+        values = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "guidance": torch.tensor([2.0, 5.0])}
+        return net(batch.x, batch.t, Condition(2, values)).raw
+
+    other = torch.cat([text[:, :3], 3 - text[:, 3:]], dim=1)
+    torch.testing.assert_close(raw(text), raw(other), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(raw(text, 5), raw(other, 5), atol=1e-3)
