@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdistill.config import parse_config
+from diffdistill.config import CaptionsData, parse_config
 from diffdistill.data.images import read_image
 from diffdistill.errors import UserError
 from diffdistill.models.families.unet2d_condition import UNet2DCondition
@@ -23,6 +23,7 @@ from diffdistill.training.engine import Engine
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
+from diffdistill.training.text_data import ALONE, Processes, text_source
 
 _spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
 assert _spec is not None and _spec.loader is not None
@@ -135,6 +136,18 @@ def test_a_stopped_run_goes_on_with_the_same_buckets(place, monkeypatch):
     states = [load_run(place / name).roles.state("student") for name in ("whole", "stopped")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert any(bool(value.any()) for key, value in states[0].items() if "lora_B" in key)
+
+
+def test_two_processes_encode_what_one_does(place, tmp_path):
+    def source(folder, processes=ALONE):
+        data = CaptionsData(kind="captions", path=place / "images", buckets=BUCKETS, cache=tmp_path / folder)
+        return text_source(data, load_teacher(place / "sdxl", size=16), processes)
+
+    alone, shared = source("alone"), source("shared", Processes(0, 2, wait=lambda: source("shared", Processes(1, 2))))
+    assert shared.buckets == alone.buckets and shared.sizes == alone.sizes
+    for index in (torch.arange(5), torch.arange(5, 8)):
+        one, two = (each.take(index, torch.Generator()) for each in (alone, shared))
+        assert torch.equal(one.x0, two.x0) and all(torch.equal(one.values[name], two.values[name]) for name in one.values)
 
 
 def test_an_image_that_cannot_be_read_is_left_out_of_its_bucket_and_named(place, tmp_path, capsys):
