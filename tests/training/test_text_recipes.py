@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from test_text_runs import place, text_pipelines  # noqa: F401 (a fixture)
 
 from diffdistill import recipes
 from diffdistill.config import load_config
+from diffdistill.training.building import build_run_roles, open_teacher
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 
@@ -53,3 +55,16 @@ def test_the_recipe_trains_on_a_small_pipeline(name: str, pipelines: Path, tmp_p
     role = config.stages[0].trained[-1]
     moved = load_run(result.folder).roles.adapter_state(role)
     assert any(bool(tensor.any()) for key, tensor in moved.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.recipe_names() if name.startswith("shapes/")])
+def test_a_recipe_of_the_shapes_trains_on_the_embedded_teacher(name: str, tmp_path: Path) -> None:
+    config = load_config(recipes.recipe_path(name))
+    few = [f"stages.{index}.steps=2" for index in range(len(config.stages))]
+    if name == "shapes/agd":
+        few.append("stages.0.method.trajectories={num: 2, steps: 5, every: 5, guidance: [1.0, 5.0]}")
+    small = [f"output={tmp_path / 'run'}", "data.num=8", f"data.cache={tmp_path / 'cache'}", "batch_size=2", *few]
+    run = load_run(train(load_config(recipes.recipe_path(name), small), progress=False).folder)
+    assert run.step == 2 * len(config.stages)
+    before = build_run_roles(run.config, open_teacher(run.config, "cpu")).state("student")
+    assert any(not torch.equal(value, before[key]) for key, value in run.roles.state("student").items())
