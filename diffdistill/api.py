@@ -289,7 +289,12 @@ def compare(reports: Sequence[str | Path] | Mapping[str, Evaluation], force: boo
 
 
 def export(
-    run: str | Path, output: str | Path, kind: str = "auto", steps: Sequence[int] = (), checkpoint: str | Path | None = None
+    run: str | Path,
+    output: str | Path,
+    kind: str = "auto",
+    steps: Sequence[int] = (),
+    checkpoint: str | Path | None = None,
+    check_size: int | None = None,
 ) -> Manifest:
     """Write the student of a run as something stock diffusers loads, and verify it.
 
@@ -299,6 +304,7 @@ def export(
         kind: "auto", "lora" or "kohya" (a LoRA file), "peft" (adapter folder) or "merged" (a whole pipeline).
         steps: the numbers of steps it is meant for; empty for the one it is trained for.
         checkpoint: None for the newest.
+        check_size: edge in pixels of the images it is verified on, for a text-to-image student; None for the smallest possible.
     Raises:
         UserError: no run there, an output that exists, or a student that stock diffusers cannot carry.
         MachineError: stock diffusers does not reproduce the student; nothing is written.
@@ -320,6 +326,7 @@ def export(
         kind=kind,
         step_counts=counts,
         method=loaded.distiller.name,
+        check_size=check_size,
     )  # type: ignore[arg-type]
 
 

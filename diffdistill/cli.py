@@ -221,7 +221,16 @@ def compare(*reports: Path, force: bool = False, json: Json = False) -> int:
 
 
 @app.command(sort_key=8)
-def export(run: Path, /, *, output: Output, kind: str = "auto", steps: Numbers = (), checkpoint: str | None = None) -> int:
+def export(
+    run: Path,
+    /,
+    *,
+    output: Output,
+    kind: str = "auto",
+    steps: Numbers = (),
+    checkpoint: str | None = None,
+    check_size: int | None = None,
+) -> int:
     """Write the student of a run as something stock diffusers loads, with manifest, scheduler and card.
 
     Args:
@@ -231,10 +240,11 @@ def export(run: Path, /, *, output: Output, kind: str = "auto", steps: Numbers =
             or merged (a whole pipeline).
         steps: numbers of steps it is meant for; the one it is trained for when left out.
         checkpoint: the newest when left out.
+        check_size: edge in pixels of the images that a text-to-image student is verified on; the smallest possible when left out.
     """
     from diffdistill import api
 
-    manifest = api.export(run, output, kind, steps, checkpoint)
+    manifest = api.export(run, output, kind, steps, checkpoint, check_size)
     print(
         f"wrote {output} ({manifest.kind}, {manifest.pipeline_class}): {manifest.verification}.\n"
         f"{output / 'README.md'} says how to load it."

@@ -2,16 +2,17 @@
 
 The pipeline has the published configurations (860 M parameters of UNet, CLIP-L text encoder, autoencoder) and random weights.
 
-    python eval/export_time.py [--size 64] [--dtype bf16]
+    python eval/export_time.py [--check-size 512] [--dtype bf16]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -63,17 +64,34 @@ def pipeline(dtype: torch.dtype) -> Any:
     return diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False).to(dtype)
 
 
-def seconds(function: Any, *args: Any, **options: Any) -> tuple[float, Any]:
-    """Return the wall time of a call, and what it returned."""
-    begin = time.perf_counter()
+class Spent(NamedTuple):
+    """Wall time of a call, and CPU time of this process and of those it started."""
+
+    wall: float
+    cpu: float
+
+    def __str__(self) -> str:
+        return f"{self.wall:.1f} s ({self.cpu:.1f} s of CPU time)"
+
+
+def seconds(function: Any, *args: Any, **options: Any) -> tuple[Spent, Any]:
+    """Return what a call cost, and what it returned."""
+    wall, cpu = time.perf_counter(), _cpu()
     result = function(*args, **options)
-    return time.perf_counter() - begin, result
+    return Spent(time.perf_counter() - wall, _cpu() - cpu), result
+
+
+def _cpu() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def main() -> None:
     """Build, export, verify, time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="edge of the images that the check makes, pixels")
+    parser.add_argument(
+        "--check-size", type=int, help="edge of the images that the check makes, pixels; export's own choice if left out"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     arguments = parser.parse_args()
     dtype = DTYPES[arguments.dtype]
@@ -81,27 +99,29 @@ def main() -> None:
         base = Path(folder) / "base"
         torch.manual_seed(0)
         pipeline(dtype).save_pretrained(base)
-        spent, teacher = seconds(load_teacher, base, dtype, size=arguments.size)
-        print(f"load {spent:.1f} s", flush=True)
+        spent, teacher = seconds(load_teacher, base, dtype)
+        print(f"load {spent}", flush=True)
         spec = LoraSpec(rank=64, targets="all")
         spent, roles = seconds(build_roles, teacher.denoiser, ("student", "fake"), "shared", spec)
-        print(f"roles {spent:.1f} s", flush=True)
+        print(f"roles {spent}", flush=True)
         with torch.no_grad():
             for name, parameter in roles.named_parameters("student").items():
                 if "lora_B" in name:
                     parameter.normal_(std=1e-3)
         switch(teacher, roles)
         sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), "renoise")
-        written, manifest = seconds(export, teacher, roles, sampler, Path(folder) / "lora", kind="lora", step_counts=(4,))
-        print(f"export with its verification {written:.1f} s, passed: {manifest.verification.passed}", flush=True)
+        options = {"kind": "lora", "step_counts": (4,), "check_size": arguments.check_size}
+        written, manifest = seconds(export, teacher, roles, sampler, Path(folder) / "lora", **options)
+        size, passed = manifest.check_size, manifest.verification.passed
+        print(f"export with its verification on images of {size} pixels {written}, passed: {passed}", flush=True)
         again, verification = seconds(verify, Path(folder) / "lora")
-        print(f"verify alone {again:.1f} s, passed: {verification.passed}")
+        print(f"verify alone {again}, passed: {verification.passed}")
 
 
 @torch.no_grad()
 def switch(teacher: Any, roles: Any) -> None:
-    """Print what entering and leaving a role costs beside a pass of the network, one image."""
-    state = torch.randn(1, *teacher.denoiser.sample_shape)
+    """Print what entering and leaving a role costs beside the smallest pass of the network, one image of 64 pixels."""
+    state = torch.randn(1, *teacher.resized(64).denoiser.sample_shape)
     cond, t = teacher.condition(["a fox"]), torch.tensor([500.0], dtype=torch.float64)
     roles["student"](state, t, cond)  # the first call allocates
     forward, _ = seconds(roles["student"], state, t, cond)
@@ -110,7 +130,7 @@ def switch(teacher: Any, roles: Any) -> None:
         with roles["student"].role():
             pass
     once = (time.perf_counter() - begin) / 200
-    print(f"role switch {1e6 * once:.0f} us of a pass of {1e3 * forward:.0f} ms: {once / forward:.2%}", flush=True)
+    print(f"role switch {1e6 * once:.0f} us of a pass of {1e3 * forward.wall:.0f} ms: {once / forward.wall:.2%}", flush=True)
 
 
 if __name__ == "__main__":

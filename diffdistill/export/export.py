@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,7 @@ def export(
     metrics: Mapping[str, Any] | None = None,
     role: str = "student",
     verify: bool = True,
+    check_size: int | None = None,
 ) -> Manifest:
     """Write a role as a folder for stock diffusers, and let stock diffusers reproduce the student from it.
 
@@ -58,16 +60,19 @@ def export(
         method, metrics: for the manifest and the card.
         role: which network.
         verify: whether to check it before the folder appears.
+        check_size: edge in pixels of the images that the student and stock diffusers are compared on, of a text-to-image model;
+            None for the smallest that its networks can make. Weights, times and steps are the same at every size.
     Returns:
         the manifest, with the verification in it.
     Raises:
-        UserError: a stock pipeline cannot carry this student.
+        UserError: a stock pipeline cannot carry this student, or cannot make images of the check's size.
         VerificationError: stock diffusers makes something else of the folder; nothing is written.
         MachineError: the disk is full, or the checking process died.
     """
     planned = plan(teacher, sampler, step_counts)
     student = _student(roles, role, planned)
     chosen = choose_kind(kind, roles, planned.pipeline_class)
+    size = _check_size(teacher, check_size)
     with atomic_folder(output) as folder:
         base, dtype = resolve(teacher.path), next(student.network.parameters()).dtype
         pipeline = _load_pipeline(planned.pipeline_class, base, dtype)
@@ -79,10 +84,11 @@ def export(
             student = _student(roles, role, planned)
         adapter = write_weights(folder, chosen, pipeline, teacher, roles, role, planned, base)
         prompts = REFERENCE_PROMPTS if teacher.family.reads_text else None
-        write_reference(folder / REFERENCE, teacher, student, planned.samplers, prompts)
+        checked = teacher if size is None else teacher.resized(size)
+        write_reference(folder / REFERENCE, checked, student, planned.samplers, prompts)
         trained_on = None
         if teacher.quantized is not None:
-            gap = rounding_gap(folder / REFERENCE, teacher, trained, planned.samplers, prompts)
+            gap = rounding_gap(folder / REFERENCE, checked, trained, planned.samplers, prompts)
             trained_on = TrainedOn(weights=teacher.quantized, sample_gap=gap)
         manifest = Manifest(
             kind=chosen,
@@ -100,6 +106,7 @@ def export(
             prompts=prompts,
             call=planned.call,
             gives_sigmas=planned.gives_sigmas,
+            check_size=size,
             dtype=str(dtype).removeprefix("torch."),
             adapter=adapter,
             trained_on=trained_on,
@@ -140,6 +147,26 @@ def _on_own_weights(teacher: Teacher, roles: StudentRoles, role: str, network: n
     own = build_roles(teacher.denoiser.with_network(network), (role,), "copies", roles.lora)  # type: ignore[attr-defined]
     own.load_state(role, roles.adapter_state(role))
     return own
+
+
+def _check_size(teacher: Teacher, asked: int | None) -> int | None:
+    """Return the edge of the check's images: what is asked for, the smallest there is, or None for a model of one size."""
+    if not teacher.family.reads_text:
+        if asked is not None:
+            raise UserError(f"{teacher.path} makes images of one size, which the check compares; leave check_size {asked} out.")
+        return None
+    coarsest = teacher.codec.downscale * teacher.family.downscale(teacher.network)  # pixels of the image in one position
+    unit = math.lcm(coarsest, teacher.family.image_multiple)
+    # Two positions each way where the network is coarsest: with one, attention between positions would have nothing to do.
+    smallest = math.ceil(2 * coarsest / unit) * unit
+    if asked is None:
+        return smallest
+    if asked % unit or asked < smallest:
+        near = max(smallest, round(asked / unit) * unit)
+        raise UserError(
+            f"check_size must be a multiple of {unit} and at least {smallest} for {teacher.path}; got {asked}. Use {near}."
+        )
+    return asked
 
 
 def _load_pipeline(name: str, base: str, dtype: torch.dtype) -> Any:

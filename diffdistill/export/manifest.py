@@ -117,6 +117,9 @@ class Manifest(_Frozen):
         default_factory=dict, description="arguments of the pipeline's call, beside steps and generators"
     )
     gives_sigmas: bool = Field(False, description="whether the pipeline tells its scheduler sigmas, not a number of steps")
+    check_size: int | None = Field(
+        None, description="edge of the check's images in pixels; null where the pipeline makes images of one size only"
+    )
     dtype: str = Field("float32", description="of the network's weights, in which the reference was made")
     adapter: Adapter | None = None
     trained_on: TrainedOn | None = Field(None, description="null for the base's own weights")

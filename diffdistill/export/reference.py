@@ -40,12 +40,16 @@ class _Recorder(Denoiser):
 def write_reference(
     path: Path, teacher: Teacher, student: NetworkDenoiser, samplers: Mapping[int, Sampler], prompts: Sequence[str] | None
 ) -> None:
-    """Write states (N, B, ...), raw outputs (N, B, ...) and samples (B, ...) of our own sampler, for every step count."""
+    """Write states (N, B, ...), raw outputs (N, B, ...) and samples (B, ...) of our own sampler, for every step count.
+
+    The images are of the teacher's size, whatever the student's denoiser says.
+    """
     from safetensors.torch import save_file
 
     seeds, labels = list(range(NUM_REFERENCES)), reference_labels(teacher.num_classes)
     cond = _condition(teacher, prompts).to("cpu")
     tensors = {"seeds": torch.tensor(seeds)} | ({} if labels is None else {"labels": torch.tensor(labels)})
+    student = replace(student, sample_shape=teacher.denoiser.sample_shape)
     with _on_cpu(student.network):
         dtype = next(student.network.parameters()).dtype
         for count, sampler in samplers.items():
@@ -69,6 +73,7 @@ def rounding_gap(
     """
     from safetensors.torch import load_file
 
+    trained = replace(trained, sample_shape=teacher.denoiser.sample_shape)
     count, sampler = max(samplers.items())
     wanted = load_file(path)[f"{count}.final"]
     noise = Noise(range(NUM_REFERENCES), teacher.device)

@@ -26,6 +26,7 @@ The student's numbers come from reference.safetensors. Exit status 0 if all fold
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -417,10 +418,17 @@ class Export:
         ]
 
 
-class Run:
-    """One call of a prompted pipeline: what its network said and where its latents were after each step, and the images."""
+class HeardEnough(Exception):
+    """Ends a call of a pipeline whose network has said what was asked for."""
 
-    def __init__(self, pipeline: Any, component: str, arguments: dict[str, Any], prompts: list[str]) -> None:
+
+class Run:
+    """One call of a prompted pipeline: what its network said, where its latents were after each step, and the images if it ended."""
+
+    def __init__(
+        self, pipeline: Any, component: str, arguments: dict[str, Any], prompts: list[str], stop_after: int | None = None
+    ) -> None:
+        self.stop_after = stop_after
         self.raw: list[Tensor] = []
         self.states: list[Tensor] = []
         accepted = inspect.signature(pipeline.__call__).parameters
@@ -434,7 +442,8 @@ class Run:
         if not hands_on:  # the pipeline leaves the scheduler to the global generator; one per image makes it comparable
             scheduler.step = functools.partial(self._step, pipeline, type(scheduler).step, arguments)
         try:
-            self.images = torch.from_numpy(pipeline(prompts, output_type="np", **arguments).images)
+            with contextlib.suppress(HeardEnough):
+                self.images = torch.from_numpy(pipeline(prompts, output_type="np", **arguments).images)
         finally:
             hook.remove()
             vars(scheduler).pop("step", None)
@@ -453,6 +462,8 @@ class Run:
 
     def _heard(self, module: Any, inputs: Any, output: Any) -> None:
         self.raw.append((output[0] if isinstance(output, tuple) else output.sample).float())
+        if len(self.raw) == self.stop_after:
+            raise HeardEnough
 
     def _after_step(self, pipeline: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
         self.states.append(values["latents"].float())
@@ -465,10 +476,12 @@ class Run:
 class PromptedExport(Export):
     """An export whose pipeline reads prompts."""
 
-    def run(self, num_steps: int) -> Run:
-        """Call the pipeline as the card says."""
+    def run(self, num_steps: int, stop_after: int | None = None) -> Run:
+        """Call the pipeline as the card says, for images of the check's size; `stop_after`: calls of the network to hear."""
         arguments = {"num_inference_steps": num_steps, "generator": self.generators(), **self.manifest["call"]}
-        return Run(self.pipeline, self.component, arguments, list(self.manifest["prompts"]))
+        if size := self.manifest.get("check_size"):
+            arguments |= {"height": size, "width": size}
+        return Run(self.pipeline, self.component, arguments, list(self.manifest["prompts"]), stop_after)
 
     @functools.cached_property
     def runs(self) -> dict[int, Run]:
@@ -492,7 +505,7 @@ class PromptedExport(Export):
         student, num_steps = self.network, self.step_counts[0]
         setattr(self.pipeline, self.component, self.base_network)
         try:
-            difference = gap(self.runs[num_steps].raw[0], self.run(num_steps).raw[0])
+            difference = gap(self.runs[num_steps].raw[0], self.run(num_steps, stop_after=1).raw[0])
         finally:
             setattr(self.pipeline, self.component, student)
         if difference < DIFFERENCE:
@@ -545,9 +558,9 @@ class PromptedExport(Export):
         num_steps = self.step_counts[0]
         alone = self.runs[num_steps].raw[0]
         self.pipeline.set_adapters(["few", "style"], [1.0, 0.0])
-        unchanged = gap(self.run(num_steps).raw[0], alone)
+        unchanged = gap(self.run(num_steps, stop_after=1).raw[0], alone)
         self.pipeline.set_adapters(["few", "style"], [1.0, 1.0])
-        changed = gap(self.run(num_steps).raw[0], alone)
+        changed = gap(self.run(num_steps, stop_after=1).raw[0], alone)
         self.pipeline.delete_adapters("style")
         self.pipeline.set_adapters("few")
         require(unchanged <= NETWORK_TOLERANCE, f"a second LoRA at weight 0 changes the output by {unchanged:.1e}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import warnings
@@ -164,6 +165,13 @@ class PromptConditioner:
         return hash_json(
             {path.relative_to(folder).as_posix(): sha256(path) for path in files} | {"options": str(self._options)}
         )
+
+    def resized(self, image_size: tuple[int, int]) -> PromptConditioner:
+        """Return the conditioner of images (height, width): prompts are encoded as here, inputs that name the size differ."""
+        other = copy.copy(self)
+        constants = self.family.constants(self._network, image_size)
+        other.constants = {name: value.to(self.device) for name, value in constants.items()}
+        return other
 
     def release(self) -> None:
         """Free the text encoders; the null value is kept."""

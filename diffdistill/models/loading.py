@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,19 @@ class Teacher:
             UserError: what is asked for is not what this teacher takes, or labels out of range.
         """
         return conditioning.condition(self.conditioner, asked, batch_size)
+
+    def resized(self, size: int) -> Teacher:
+        """Return the same teacher of text-to-image making square images of another size, on the schedule that it has.
+
+        Args:
+            size: edge in pixels.
+        Raises:
+            UserError: a size that the autoencoder or the network cannot take.
+        """
+        assert isinstance(self.conditioner, PromptConditioner), "a class-conditional network has one size"
+        shape = (self.denoiser.sample_shape[0], *self.state_size((size, size)))
+        denoiser = replace(self.denoiser, sample_shape=shape)
+        return replace(self, denoiser=denoiser, conditioner=self.conditioner.resized((size, size)))
 
     def examples(self, num: int) -> Asked:
         """Return something to ask for in `num` samples: the classes in turn, empty prompts, or nothing."""

@@ -53,12 +53,14 @@ class Family(ABC):
         component: the pipeline component that holds the network, "unet" or "transformer".
         lora_targets: preset name -> suffixes of module names that take an adapter.
         reads_text: whether it is asked for images by prompts.
+        image_multiple: what its stock pipeline demands the edges of images to be multiples of, in pixels.
     """
 
     name: ClassVar[str]
     component: ClassVar[str]
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
     reads_text: ClassVar[bool] = False
+    image_multiple: ClassVar[int] = 8
 
     @abstractmethod
     def forward(self, network: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -108,6 +110,10 @@ class Family(ABC):
         size = network.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return network.config.in_channels, height, width
+
+    def downscale(self, network: Any) -> int:
+        """Return by how much the innermost layers divide the edges of a state."""
+        return self.multiple(network)
 
     def path(self, network: Any, scheduler: Any, sample_shape: tuple[int, int, int]) -> tuple[Schedule, str]:
         """Return the schedule and the prediction type, as the pipeline's scheduler states them."""

@@ -434,6 +434,7 @@ def test_a_full_disk_leaves_the_old_export(place, manifests, unet, monkeypatch):
         ("unet", lambda t: trailing(t, "ddim"), {"kind": "peft"}, "whole network"),
         ("unet", lambda t: trailing(t, "ddim"), {"kind": "onnx"}, "merged"),
         ("unet", lambda t: trailing(t, "ddim"), {"role": "fake"}, "fake"),
+        ("dit", lambda t: trailing(t, "ddim"), {"check_size": 16}, "images of one size"),
         ("unet", lambda t: Sampler(grids.lcm(t.denoiser.schedule, 4), "renoise"), {"step_counts": (4, 100)}, "says nothing"),
     ],
 )

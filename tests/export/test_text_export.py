@@ -143,6 +143,29 @@ def test_each_of_the_six_broken_exports_is_named(name, verified):
     assert verified[name].failure is not None and verified[name].failure.name == BROKEN[name][1], str(verified[name])
 
 
+# The pipelines' autoencoders halve the edges; the UNets halve them again, the others take patches of 2, Sana's of 1.
+SMALLEST = {"sd": 8, "sdxl": 8, "pixart": 8, "sd3": 8, "flux": 8, "sana": 32}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_check_is_made_on_the_smallest_images_and_the_card_asks_for_the_own_size(name, place, manifests):
+    manifest, size = manifests[name], SMALLEST[GOOD[name][0]]
+    assert manifest.check_size == size
+    assert manifest.call["height"] == manifest.call["width"] == 2 * manifest.sample_shape[1] >= 16
+    states = load_file(place / name / "reference.safetensors")["4.states"]
+    assert states.shape[-2:] == (size // 2, size // 2)
+
+
+def test_the_check_is_made_on_images_of_the_size_asked_for(place):
+    teacher, roles = student("sdxl", place)
+    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 2), "ddim")
+    manifest = export(teacher, roles, sampler, place / "sized", check_size=24)
+    assert manifest.check_size == 24 and manifest.call["height"] == 16 and manifest.verification.passed
+    assert load_file(place / "sized" / "reference.safetensors")["2.states"].shape[-2:] == (12, 12)
+    with pytest.raises(UserError, match="multiple of 8 and at least 8 for .*got 20. Use 16"):
+        export(teacher, roles, sampler, place / "refused", check_size=20)
+
+
 def test_the_lora_file_is_the_portable_form(place, manifests):
     """PEFT's keys under the component's name, the scale inside B, and five fields of metadata, no more."""
     with safe_open(place / "sd-lora" / FILE, "pt") as file:

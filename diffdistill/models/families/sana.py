@@ -28,6 +28,7 @@ class Sana(Family):
     name = "sana"
     component = "transformer"
     reads_text = True
+    image_multiple = 32
     lora_targets = {
         "attention": ATTENTION,
         "attention+ff": (*ATTENTION, *_FEED_FORWARD),

@@ -41,6 +41,10 @@ class UNet2D(Family):
         labels = cond.values.get("class_labels")
         return network(x, t.float(), class_labels=labels, return_dict=False)[0]
 
+    def downscale(self, network: Any) -> int:
+        """Return what all levels together divide the edges by: each but the last halves them."""
+        return 2 ** (len(network.config.block_out_channels) - 1)
+
     def time_modules(self, network: Any) -> list[nn.Module]:
         """Return the time MLP."""
         return [network.time_embedding]

@@ -68,6 +68,10 @@ class UNet2DCondition(Family):
             return {}
         return {"time_ids": torch.tensor([[*framing.original, *framing.crop, *framing.size]], dtype=torch.float32)}
 
+    def downscale(self, network: Any) -> int:
+        """Return what all levels together divide the edges by: each but the last halves them."""
+        return 2 ** (len(network.config.block_out_channels) - 1)
+
     def time_modules(self, network: Any) -> list[nn.Module]:
         """Return the time MLP."""
         return [network.time_embedding]
