@@ -177,6 +177,8 @@ def _export(name: str, path: Path) -> Target:
 
     def make(num_steps: int, guidance: float | None) -> AnySampler:
         scale = manifest.guidance if guidance is None else guidance
+        if manifest.scheduler.class_name == stock.SCM:  # walks on another path than the network; verified to be this sampler
+            return Sampler(grids.trailing(denoiser.schedule, num_steps), "renoise", guidance=scale)
         return StockSampler(config, num_steps, scale, manifest.gives_sigmas)
 
     return Target(name, "export", teacher, denoiser, make, manifest.step_counts[0])

@@ -69,7 +69,8 @@ def snippet(manifest: Manifest, folder: str = ".") -> str:
         "generator=[torch.Generator().manual_seed(seed) for seed in seeds]",
         f"num_inference_steps={max(manifest.step_counts)}",
     ]
-    arguments = [f"{name}={value!r}" for name, value in manifest.call.items()] + arguments
+    times = manifest.times_call.get(str(max(manifest.step_counts)), {})
+    arguments = [f"{name}={value!r}" for name, value in (manifest.call | times).items()] + arguments
     if manifest.pipeline_class == "ConsistencyModelPipeline":
         arguments.insert(0, "batch_size=len(seeds)")
     if labels is not None:
@@ -149,11 +150,11 @@ def _notes(manifest: Manifest) -> list[str]:
     if not manifest.pipeline_takes_lora:
         form = "merged" if manifest.kind == "merged" else "PEFT"
         notes.append(f"- `{manifest.pipeline_class}` has no `load_lora_weights`, so this folder is in the {form} form.")
-    if "guidance_scale" in manifest.call and manifest.prompts is not None:
-        notes.append(
-            f"- Pass `guidance_scale={manifest.call['guidance_scale']:g}`: the pipeline's own default is another, and guidance is "
-            "inside the student."
-        )
+    if manifest.prompts is not None:
+        scale = manifest.call["guidance_scale"]
+        inside = "the pipeline's own default is another, and guidance is inside the student"
+        why = inside if scale == manifest.guidance else "an input of the network, which the student was trained with"
+        notes.append(f"- Pass `guidance_scale={scale:g}`: {why}.")
     if manifest.pipeline_class == "DiTPipeline":
         what = "guidance is inside the student" if manifest.guidance == 1 else "the student was trained to be sampled so"
         notes.append(f"- Pass `guidance_scale={manifest.guidance:g}`: {what}, and the pipeline's own default is 4.")

@@ -28,7 +28,7 @@ from diffdistill.models.loading import Teacher, resolve
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.roles import Roles, build_roles
 from diffdistill.sampling.sampler import Sampler
-from diffdistill.sampling.stock import stock_times
+from diffdistill.sampling.stock import stock_times, times_call
 
 
 def export(
@@ -98,7 +98,8 @@ def export(
             component=teacher.family.component,
             scheduler=SchedulerRecord(class_name=planned.scheduler["_class_name"], config=_without_class(planned.scheduler)),
             step_counts=tuple(planned.samplers),
-            timesteps={str(n): stock_times(s) for n, s in planned.samplers.items()},
+            timesteps={str(n): stock_times(s, planned.scheduler) for n, s in planned.samplers.items()},
+            times_call={str(n): call for n, s in planned.samplers.items() if (call := times_call(s, planned.scheduler))},
             guidance=sampler.guidance,
             prediction_type=student.kind,
             sample_shape=student.sample_shape,
@@ -137,6 +138,8 @@ def _student(roles: StudentRoles, role: str, planned: Plan) -> NetworkDenoiser:
     if extra is not None:
         raise UserError(f"role {role!r} has extra inputs, which a stock pipeline cannot carry: {extra.reason}")
     wanted = planned.scheduler.get("prediction_type", "flow_prediction")  # flow schedulers have one type, and do not say so
+    if wanted == "trigflow":  # which SanaSprintPipeline makes of its network's flow
+        wanted = "flow_prediction"
     if student.kind != wanted:
         raise UserError(f"role {role!r} predicts {student.kind!r} and the scheduler expects {wanted!r}.")
     return student

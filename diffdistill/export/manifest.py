@@ -108,6 +108,9 @@ class Manifest(_Frozen):
     scheduler: SchedulerRecord
     step_counts: tuple[int, ...] = Field(description="numbers of steps the student was checked with")
     timesteps: dict[str, list[float]] = Field(description="number of steps -> the scheduler's timesteps, in order")
+    times_call: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="number of steps -> arguments of the pipeline's call by which it is told the times"
+    )
     guidance: float = Field(description="counted from 1; 1 is none, as for students with guidance inside")
     prediction_type: str
     sample_shape: tuple[int, ...] = Field(description="(C, H, W) of one state")

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from diffdistill.errors import UserError
+from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.extras import ExtraInputs
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.sampling.sampler import Sampler
-from diffdistill.sampling.stock import build_scheduler, scheduler_config, set_steps, stock_times, with_steps
+from diffdistill.sampling.stock import build_scheduler, scheduler_config, stock_times, visits, with_steps
 
 # Of the stock pipelines for UNet2DModel this one alone hands labels and generators on and keeps the scheduler it is given
 # (DDIMPipeline replaces it, DDPMPipeline knows no labels), so all of them are exported as it. Text families keep their own.
@@ -20,7 +21,6 @@ NEEDED_OF_SCHEDULER: dict[str, tuple[str, ...]] = {
     "ConsistencyModelPipeline": ("init_noise_sigma", "scale_model_input"),
     "DiTPipeline": ("scale_model_input",),
 }
-NOT_YET: dict[str, str] = {"SanaSprintPipeline": "it walks on another path than its network, and only SCMScheduler does that"}
 DIT_NULL_LABEL = 1000  # written into DiTPipeline's code
 
 
@@ -72,12 +72,10 @@ def plan(teacher: Teacher, sampler: Sampler, step_counts: Sequence[int] | None =
             "so no stock pipeline of this network samples a flow. Distil from a teacher with betas."
         )
     for count, member in samplers.items():
-        set_steps(scheduler, count, gives_sigmas)
-        visited, wanted = scheduler.timesteps.tolist(), stock_times(member)
-        if len(visited) != len(wanted) or max(abs(a - b) for a, b in zip(visited, wanted, strict=True)) > 1e-2:
+        if not visits(scheduler, member, gives_sigmas):
             raise UserError(
-                f"one {config['_class_name']} cannot serve step counts {counts}: for {count} it visits {visited} "
-                f"instead of {wanted}. Export them separately."
+                f"one {config['_class_name']} cannot serve step counts {counts}: for {count} it visits "
+                f"{scheduler.timesteps.tolist()} instead of {stock_times(member, config)}. Export them separately."
             )
     return Plan(pipeline_class, config, samplers, _call(teacher, pipeline_class, sampler.guidance), gives_sigmas)
 
@@ -85,8 +83,6 @@ def plan(teacher: Teacher, sampler: Sampler, step_counts: Sequence[int] | None =
 def _pipeline_class(teacher: Teacher) -> str:
     network_class = type(teacher.network).__name__
     if teacher.family.reads_text:
-        if teacher.pipeline_class in NOT_YET:
-            raise UserError(f"{teacher.pipeline_class} cannot be exported yet: {NOT_YET[teacher.pipeline_class]}.")
         return teacher.pipeline_class
     if network_class not in PIPELINES:
         raise UserError(f"networks of class {network_class} cannot be exported yet; known: {', '.join(PIPELINES)}.")
@@ -113,7 +109,10 @@ def _call(teacher: Teacher, pipeline_class: str, guidance: float) -> dict[str, A
         return {"guidance_scale": guidance} if pipeline_class == "DiTPipeline" else {}
     accepted = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
     _, height, width = teacher.image_shape
-    call: dict[str, Any] = {"guidance_scale": teacher.family.call_guidance(guidance), "height": height, "width": width}
+    conditioner = teacher.conditioner
+    if isinstance(conditioner, PromptConditioner) and teacher.family.takes_guidance(teacher.network):
+        guidance = conditioner.guidance_scale
+    call: dict[str, Any] = {"guidance_scale": guidance, "height": height, "width": width}
     return call | ({"use_resolution_binning": False} if "use_resolution_binning" in accepted else {})
 
 

@@ -71,8 +71,7 @@ def write_weights(
 ) -> Adapter | None:
     """Write the student's weights and its scheduler in the chosen form; return what an adapter is like."""
     if kind == "merged":
-        guidance = next(iter(planned.samplers.values())).guidance
-        _write_merged(folder, pipeline, teacher, roles.network_state(role), planned.scheduler, base, guidance)
+        _write_merged(folder, pipeline, teacher, roles.network_state(role), planned, base)
         return None
     lora = _lora(roles, role)
     if kind == "peft":
@@ -90,17 +89,17 @@ def _write_merged(
     pipeline: Any,
     teacher: Teacher,
     state: Mapping[str, Tensor],
-    scheduler: Mapping[str, Any],
+    planned: Plan,
     base: str,
-    guidance: float,
 ) -> None:
     network = getattr(pipeline, teacher.family.component)
     dtype = next(iter(state.values())).dtype
     network.to(dtype).load_state_dict({name: tensor.to("cpu") for name, tensor in state.items()}, strict=True)
-    pipeline.scheduler = build_scheduler(scheduler)
+    pipeline.scheduler = build_scheduler(planned.scheduler)
     pipeline.save_pretrained(folder, safe_serialization=True)
     _clean_configs(folder, pipeline.load_config(base))
     # What the config of the network does not say, so that the student can be the next stage's teacher.
+    guidance = planned.call.get("guidance_scale", next(iter(planned.samplers.values())).guidance)
     write_json(folder / TEACHER_NOTES, {"config": {"num_classes": teacher.num_classes, "guidance": guidance}})
 
 

@@ -109,7 +109,8 @@ class PromptConditioner:
         index: its model_index.json; the parts that text does not need are left out.
         family: turns what the pipeline encodes into named tensors.
         network: the denoising network, of which some pipelines ask the widths.
-        constants: further inputs (1, ...) that every prompt gets, and no prompt as well.
+        image_size: (height, width) of the images in pixels.
+        guidance_scale: what the stock pipeline's is to be, for a network that takes it as an input.
         path: of the teacher, for messages.
         options: further arguments of `from_pretrained` (dtype, variant).
     """
@@ -123,13 +124,15 @@ class PromptConditioner:
         index: Mapping[str, Any],
         family: Family,
         network: nn.Module,
-        constants: Mapping[str, Tensor],
+        image_size: tuple[int, int],
+        guidance_scale: float,
         path: str,
         device: torch.device,
         options: Mapping[str, Any],
     ) -> None:
         self.family, self.path, self.device, self._network = family, path, device, network
-        self.constants = {name: value.to(device) for name, value in constants.items()}
+        self.guidance_scale = guidance_scale
+        self.constants = self._constants(image_size)
         self._class_name, self._folder, self._index, self._options = pipeline_class, folder, index, options
         self._pipeline: Any = None
         self._null: dict[str, Tensor] | None = None
@@ -169,13 +172,18 @@ class PromptConditioner:
     def resized(self, image_size: tuple[int, int]) -> PromptConditioner:
         """Return the conditioner of images (height, width): prompts are encoded as here, inputs that name the size differ."""
         other = copy.copy(self)
-        constants = self.family.constants(self._network, image_size)
-        other.constants = {name: value.to(self.device) for name, value in constants.items()}
+        other.constants = self._constants(image_size)
         return other
 
     def release(self) -> None:
         """Free the text encoders; the null value is kept."""
         self._pipeline = None
+
+    def _constants(self, image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return further inputs (1, ...) that every prompt gets, and no prompt as well."""
+        constants = self.family.constants(self._network, image_size)
+        constants |= self.family.guidance_input(self._network, self.guidance_scale)
+        return {name: value.to(self.device) for name, value in constants.items()}
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -289,14 +289,15 @@ def load_teacher(
         denoiser = NetworkDenoiser(network, family, schedule, kind, shape)
     config = dict(scheduler.config) | {"_class_name": scheduler_class, "_diffusers_version": diffusers.__version__}
     notes = _notes(folder)
-    guidance, steps = _usual_sampling(index["_class_name"])
+    of_pipeline, steps = _usual_sampling(index["_class_name"])
+    guidance = float(notes.get("guidance", of_pipeline if family.reads_text else 1.0))
     conditioner: Conditioner = ClassConditioner(family.classes(network, notes.get("num_classes")), str(path), device)
     if family.reads_text:
         plain = variant is None or _lacks_variant(folder, "text_encoder", variant)
         options = {"torch_dtype": dtype} | ({} if plain else {"variant": variant})
-        constants = family.constants(network, codec.image_shape(shape)[1:])
+        image_size = codec.image_shape(shape)[1:]
         conditioner = PromptConditioner(
-            index["_class_name"], folder, index, family, network, constants, str(path), device, options
+            index["_class_name"], folder, index, family, network, image_size, guidance, str(path), device, options
         )
         guidance = family.usual_guidance(network, guidance)
     return Teacher(
@@ -307,7 +308,7 @@ def load_teacher(
         config,
         index["_class_name"],
         str(path),
-        float(notes.get("guidance", guidance if family.reads_text else 1.0)),
+        guidance,
         steps,
         conditioner,
         quantized,

@@ -90,12 +90,20 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} reads no text")
 
     def constants(self, network: Any, image_size: tuple[int, int]) -> Values:
-        """Return further inputs, (1, ...), that are the same with every prompt and without one: sizes, embedded guidance."""
+        """Return what the network is told of the size, (1, ...), the same with every prompt and without one."""
         return {}
 
     def framed(self, network: Any, framing: Framing) -> Values:
         """Return the `constants` of one real image, (1, ...): those of its size, where the network is told no more of it."""
         return self.constants(network, framing.size)
+
+    def guidance_input(self, network: Any, guidance: float) -> Values:
+        """Return the stock pipeline's `guidance_scale` as the network takes it as an input, (1,); nothing where it takes none."""
+        return {}
+
+    def takes_guidance(self, network: Any) -> bool:
+        """Return whether the network takes the guidance scale as an input, so that its pipeline asks it once."""
+        return bool(self.guidance_input(network, 1.0))
 
     def multiple(self, network: Any) -> int:
         """Return what both edges of a state must divide by: the network's patch."""
@@ -122,11 +130,7 @@ class Family(ABC):
 
     def usual_guidance(self, network: Any, of_pipeline: float) -> float:
         """Return the guidance by two passes that the teacher is usually sampled with; 1 where it is an input of the network."""
-        return of_pipeline
-
-    def call_guidance(self, guidance: float) -> float:
-        """Return what the stock pipeline's `guidance_scale` must be for guidance by two passes of the given scale."""
-        return guidance
+        return 1.0 if self.takes_guidance(network) else of_pipeline
 
     def num_tokens(self, network: Any, sample_shape: tuple[int, int, int]) -> int | None:
         """Return the image tokens of one state, which a dynamic flow shift depends on; None where there are none."""

@@ -8,6 +8,10 @@
 - `DDIMScheduler` clips x0 but keeps the noise of the unclipped one, so it equals our "ddim" with a clip in one step only.
   `DPMSolverMultistepScheduler` of order one is the same jump written in x0, and its thresholding to 1 is that clip.
 - `LCMScheduler` blends x_t into x0 by c_skip = 1/(1 + 4 (scaling t)^2); a large `timestep_scaling` makes it nothing.
+
+`SCMScheduler` (Sana-Sprint) walks on an arc of angles u in place of a flow's sigma, tan u = sigma / (1 - sigma), and re-noises there:
+`SanaSprintPipeline` can be told the first angle and, in two steps, the second. Lists of timesteps it hands on without their
+number, which the scheduler refuses; and it spaces three or more angles evenly.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from diffdistill.sampling.sampler import DrawsNoise, Sampler
 
 BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 NO_LAMBDA_CLIP = -1e9  # stands for diffusers' -inf, which is not valid JSON
+SCM = "SCMScheduler"
 TIMESTEP_SCALING = 1e4  # c_skip of LCM is 2.5e-9 at t = 1; with the default of 10 it is 2.5e-3
 
 
@@ -46,7 +51,9 @@ def scheduler_config(sampler: Sampler, training: Mapping[str, Any], gives_sigmas
         UserError: no stock scheduler makes these states from that call; says why and what works.
     """
     schedule = sampler.grid.schedule
-    if isinstance(schedule, RectifiedFlowSchedule):
+    if training.get("_class_name") == SCM:
+        config = _scm_config(sampler, training)
+    elif isinstance(schedule, RectifiedFlowSchedule):
         config = _flow_config(sampler, training, gives_sigmas)
     elif isinstance(schedule, VPSchedule):
         config = _vp_config(sampler, schedule, training)
@@ -55,16 +62,42 @@ def scheduler_config(sampler: Sampler, training: Mapping[str, Any], gives_sigmas
             f"a grid on {type(schedule).__name__} has no stock scheduler here. Make it on the teacher's own "
             "schedule: grids.trailing(teacher.denoiser.schedule, num_steps)."
         )
-    _check_visits(config, sampler, gives_sigmas)
+    scheduler = build_scheduler(config)
+    if not visits(scheduler, sampler, gives_sigmas):
+        raise UserError(
+            f"{config['_class_name']} visits {scheduler.timesteps.tolist()} in {sampler.num_steps} steps where the student was "
+            f"trained on {stock_times(sampler, config)}. Use a trailing grid whose number of steps divides the teacher's timesteps."
+        )
     return config
 
 
-def stock_times(sampler: Sampler) -> list[float]:
-    """Return what the stock scheduler's `timesteps` must be: t for beta schedules, 1000 sigma for flows."""
+def stock_times(sampler: Sampler, config: Mapping[str, Any]) -> list[float]:
+    """Return what the stock scheduler's `timesteps` must be: t for beta schedules, 1000 sigma for flows, angles on SCM's arc."""
     times = sampler.grid.times[:-1]
-    if isinstance(sampler.grid.schedule, RectifiedFlowSchedule):
-        return (1000 * sampler.grid.schedule.sigma(times)).tolist()
-    return times.tolist()
+    if not isinstance(sampler.grid.schedule, RectifiedFlowSchedule):
+        return times.tolist()
+    sigma = sampler.grid.schedule.sigma(times)
+    return (torch.atan2(sigma, 1 - sigma) if config["_class_name"] == SCM else 1000 * sigma).tolist()
+
+
+def times_call(sampler: Sampler, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by which SanaSprintPipeline's call is told the times, beside their number; none of other pipelines."""
+    if config["_class_name"] != SCM:
+        return {}
+    angles = stock_times(sampler, config)
+    return {"max_timesteps": angles[0], "intermediate_timesteps": angles[1] if len(angles) == 2 else None}
+
+
+def visits(scheduler: Any, sampler: Sampler, gives_sigmas: bool) -> bool:
+    """Set the scheduler's times as the pipeline does, and return whether they are the sampler's."""
+    config = scheduler.config | {"_class_name": type(scheduler).__name__}
+    set_steps(scheduler, sampler.num_steps, gives_sigmas, **times_call(sampler, config))
+    wanted = stock_times(sampler, config)
+    visited = scheduler.timesteps.tolist()[: -1 if config["_class_name"] == SCM else None]  # SCM's list goes on to the end, 0
+    return len(visited) == len(wanted) and all(
+        abs(a - b) <= 1e-5 * wanted[0]
+        for a, b in zip(visited, wanted, strict=True)  # of float32, or rounded to integers
+    )
 
 
 def with_steps(sampler: Sampler, num_steps: int) -> Sampler:
@@ -333,6 +366,29 @@ def _lcm_original(grid: TimeGrid) -> int | None:
 # Flows
 
 
+def _scm_config(sampler: Sampler, training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of Sana-Sprint's scheduler; the times are arguments of the call, see `times_call`."""
+    times, num_steps = stock_times(sampler, {"_class_name": SCM}), sampler.num_steps
+    if num_steps > 2:
+        raise UserError(
+            f"SanaSprintPipeline can be told the times of one or two steps and spaces more of them evenly on its arc; got "
+            f"{num_steps} steps. Train the student for 1 or 2 steps."
+        )
+    if sampler.clip is not None or (num_steps > 1 and sampler.rule != "renoise"):
+        raise UserError(
+            f"{SCM} does not clip x0 and draws fresh noise between its steps; got rule {sampler.rule!r} with clip {sampler.clip}. "
+            "Use rule 'renoise' without a clip (methods dmd2 and consistency), or one step."
+        )
+    if not math.isclose(times[0], math.pi / 2):
+        raise _no_grid(sampler, "SanaSprintPipeline starts at pure noise")
+    return _explicit(
+        SCM,
+        num_train_timesteps=int(training.get("num_train_timesteps", 1000)),
+        prediction_type="trigflow",
+        sigma_data=float(training["sigma_data"]),
+    )
+
+
 def _flow_config(sampler: Sampler, training: Mapping[str, Any], gives_sigmas: bool) -> dict[str, Any]:
     schedule, num_steps = sampler.grid.schedule, sampler.num_steps
     if sampler.rule not in ("ddim", "renoise") or sampler.eta > 0:
@@ -408,21 +464,15 @@ def _explicit(class_name: str, **chosen: Any) -> dict[str, Any]:
     }
 
 
-def set_steps(scheduler: Any, num_steps: int, gives_sigmas: bool = False, device: torch.device | str | None = None) -> None:
-    """Set a stock scheduler's times as the pipeline does: by their number, or by even sigmas that it then shifts."""
+def set_steps(
+    scheduler: Any,
+    num_steps: int,
+    gives_sigmas: bool = False,
+    device: torch.device | str | None = None,
+    **times: Any,
+) -> None:
+    """Set a stock scheduler's times as the pipeline does: by their number (and `times_call`), or by even sigmas that it shifts."""
     if gives_sigmas:
         scheduler.set_timesteps(sigmas=[1 - k / num_steps for k in range(num_steps)], device=device)
     else:
-        scheduler.set_timesteps(num_steps, device=device)
-
-
-def _check_visits(config: Mapping[str, Any], sampler: Sampler, gives_sigmas: bool) -> None:
-    """Ask the stock scheduler itself which times it visits, and refuse if they are not the sampler's."""
-    scheduler = build_scheduler(config)
-    set_steps(scheduler, sampler.num_steps, gives_sigmas)
-    visited, wanted = scheduler.timesteps.tolist(), stock_times(sampler)
-    if len(visited) != len(wanted) or max(abs(a - b) for a, b in zip(visited, wanted, strict=True)) > 1e-2:
-        raise UserError(
-            f"{config['_class_name']} visits {visited} in {sampler.num_steps} steps where the student was trained "
-            f"on {wanted}. Use a trailing grid whose number of steps divides the teacher's timesteps."
-        )
+        scheduler.set_timesteps(num_steps, device=device, **times)

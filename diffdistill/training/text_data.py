@@ -154,7 +154,7 @@ def _captions(
         autoencoder=teacher.codec.fingerprint,
         records=fingerprint(records),
         size=list(size),
-        constants=[{name: value.tolist() for name, value in values.items()} for values in sized],
+        constants=[_plain(conditioner) | {name: value.tolist() for name, value in values.items()} for values in sized],
     )
 
     def compute(rows: list[int]) -> dict[str, Tensor]:

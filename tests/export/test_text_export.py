@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -50,16 +51,23 @@ GOOD = {
     "sd3-lora": ("sd3", "ddim", "auto", "lora"),
     "flux-lora": ("flux", "renoise", "auto", "lora"),
     "sana-lora": ("sana", "renoise", "auto", "lora"),
+    "sana-sprint-lora": ("sana-sprint", "renoise", "auto", "lora"),
+    "sana-sprint-merged": ("sana-sprint", "renoise", "merged", "merged"),
 }
+
+
+def step_counts(name: str) -> tuple[int, ...]:
+    """Numbers of steps that the exports of a pipeline promise."""
+    return (1, 2) if name == "sana-sprint" else (4,)
 
 
 def student(name: str, place: Path) -> tuple[Teacher, Roles]:
     """Return a teacher and roles whose student is not the teacher; alpha / rank is 2."""
     folder = place / "base" / name
     teacher = load_teacher(
-        folder if folder.exists() else text_pipelines.save(name, place / "base"), size=32 if name == "sana" else 16
+        folder if folder.exists() else text_pipelines.save(name, place / "base"), size=32 if name.startswith("sana") else 16
     )
-    spec = LoraSpec(rank=4, alpha=8.0, targets="attention+ff" if teacher.pipeline_class != "SanaPipeline" else "attention")
+    spec = LoraSpec(rank=4, alpha=8.0, targets="attention" if name.startswith("sana") else "attention+ff")
     roles = build_roles(teacher.denoiser, ("student", "fake"), "shared", spec)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -112,8 +120,9 @@ def manifests(place) -> dict[str, Manifest]:
     written = {}
     for name, (pipeline, rule, kind, _) in GOOD.items():
         teacher, roles = student(pipeline, place)
-        sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), rule)
-        written[name] = export(teacher, roles, sampler, place / name, kind, method="dmd2", verify=False)
+        sampler = Sampler(grids.trailing(teacher.denoiser.schedule, max(step_counts(pipeline))), rule)
+        options = {"method": "dmd2", "step_counts": step_counts(pipeline), "verify": False}
+        written[name] = export(teacher, roles, sampler, place / name, kind, **options)
     return written
 
 
@@ -144,7 +153,7 @@ def test_each_of_the_six_broken_exports_is_named(name, verified):
 
 
 # The pipelines' autoencoders halve the edges; the UNets halve them again, the others take patches of 2, Sana's of 1.
-SMALLEST = {"sd": 8, "sdxl": 8, "pixart": 8, "sd3": 8, "flux": 8, "sana": 32}
+SMALLEST = {"sd": 8, "sdxl": 8, "pixart": 8, "sd3": 8, "flux": 8, "sana": 32, "sana-sprint": 32}
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -152,7 +161,7 @@ def test_the_check_is_made_on_the_smallest_images_and_the_card_asks_for_the_own_
     manifest, size = manifests[name], SMALLEST[GOOD[name][0]]
     assert manifest.check_size == size
     assert manifest.call["height"] == manifest.call["width"] == 2 * manifest.sample_shape[1] >= 16
-    states = load_file(place / name / "reference.safetensors")["4.states"]
+    states = load_file(place / name / "reference.safetensors")[f"{max(manifest.step_counts)}.states"]
     assert states.shape[-2:] == (size // 2, size // 2)
 
 
@@ -199,15 +208,16 @@ def test_the_lines_on_the_card_run(place, manifests, monkeypatch):
     assert (folder / "sample.png").exists()
 
 
-@pytest.mark.parametrize("name", ["sd-lora", "sd-kohya", "sd-merged", "sd-peft", "flux-lora"])
+@pytest.mark.parametrize("name", ["sd-lora", "sd-kohya", "sd-merged", "sd-peft", "flux-lora", "sana-sprint-merged"])
 def test_an_export_is_sampled_by_name_and_prompts(name, place, manifests):
     """`dd.sample` on the folder makes the student's images, whatever form they are in."""
     pipeline, rule = GOOD[name][:2]
     teacher, roles = student(pipeline, place)
-    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), rule)
+    num_steps = max(manifests[name].step_counts)
+    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, num_steps), rule)
     asked = ["a cat", "a dog"]
     expected = image_generator(teacher, roles["student"], sampler)([5, 6], asked)
-    images = dd.sample(place / name, steps=4, num=2, seed=5, prompts=asked).images
+    images = dd.sample(place / name, steps=num_steps, num=2, seed=5, prompts=asked).images
     assert int((images.int() - to_uint8(expected).int()).abs().max()) <= 1
 
 
@@ -237,7 +247,35 @@ def test_what_cannot_leave_is_refused(name, kind, options, message, place):
     assert not (place / "refused").exists()
 
 
-def test_sana_sprint_says_it_is_not_there_yet(place):
-    teacher = load_teacher(text_pipelines.save("sana-sprint", place / "base"), size=32)
-    with pytest.raises(UserError, match="cannot be exported yet"):
-        plan(teacher, Sampler(grids.trailing(teacher.denoiser.schedule, 2)))
+def test_sana_sprint_is_told_its_angles(manifests):
+    """tan u = sigma / (1 - sigma): pure noise is at pi/2, sigma = 1/2 at pi/4; the guidance scale is the network's own input."""
+    manifest = manifests["sana-sprint-lora"]
+    assert manifest.timesteps == {"1": [math.pi / 2], "2": [math.pi / 2, math.pi / 4]}
+    assert manifest.times_call["1"] == {"max_timesteps": math.pi / 2, "intermediate_timesteps": None}
+    assert manifest.times_call["2"] == {"max_timesteps": math.pi / 2, "intermediate_timesteps": math.pi / 4}
+    assert manifest.call["guidance_scale"] == 4.5 and "max_timesteps=1.57" in snippet(manifest)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "options", "message"),
+    [
+        (2, {"rule": "ddim"}, "draws fresh noise between its steps; got rule 'ddim'.*Use rule 'renoise'"),
+        (1, {"rule": "renoise", "clip": 1.0}, "does not clip"),
+        (4, {"rule": "renoise"}, "one or two steps.*got 4"),
+    ],
+)
+def test_what_sana_sprints_pipeline_cannot_do_is_refused_with_what_it_can(num_steps, options, message, place, manifests):
+    teacher = load_teacher(place / "base" / "sana-sprint", size=32)
+    with pytest.raises(UserError, match=message):
+        plan(teacher, Sampler(grids.trailing(teacher.denoiser.schedule, num_steps), **options))
+
+
+def test_a_sana_sprint_student_of_one_step_may_have_any_rule(place, manifests):
+    teacher = load_teacher(place / "base" / "sana-sprint", size=32)
+    planned = plan(teacher, Sampler(grids.trailing(teacher.denoiser.schedule, 1), "ddim"))
+    assert planned.scheduler == {
+        "_class_name": "SCMScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "trigflow",
+        "sigma_data": 0.5,
+    }

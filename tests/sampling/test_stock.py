@@ -187,8 +187,11 @@ def test_flow_refusals():
 
 def test_with_steps_keeps_the_kind_of_grid():
     schedule = gaussian(BETAS[0]).schedule
-    assert stock_times(with_steps(Sampler(grids.trailing(schedule, 4)), 2)) == [999.0, 499.0]
-    assert stock_times(with_steps(Sampler(grids.lcm(schedule, 4), "renoise"), 8)) == grids.lcm(schedule, 8).times[:-1].tolist()
+    assert stock_times(with_steps(Sampler(grids.trailing(schedule, 4)), 2), {"_class_name": "DDIMScheduler"}) == [999.0, 499.0]
+    assert (
+        stock_times(with_steps(Sampler(grids.lcm(schedule, 4), "renoise"), 8), {"_class_name": "LCMScheduler"})
+        == grids.lcm(schedule, 8).times[:-1].tolist()
+    )
     with pytest.raises(UserError, match="says nothing"):
         with_steps(Sampler(grids.at_times(schedule, [999.0, 700.0])), 4)
 

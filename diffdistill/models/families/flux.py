@@ -12,7 +12,6 @@ from diffdistill.models.families.common import ATTENTION, FEED_FORWARD, TEXT_ATT
 from diffdistill.models.network import Family, Values
 
 _FEED_FORWARD = (*FEED_FORWARD, *TEXT_FEED_FORWARD, "proj_mlp", "proj_out")  # the latter two of the single blocks
-EMBEDDED_GUIDANCE = 3.5  # FluxPipeline's own
 LATENT_SIZE = 128  # edge of the latents of FluxPipeline's default image; the network itself names no size
 
 
@@ -41,8 +40,7 @@ def position_ids(height: int, width: int, device: torch.device) -> Tensor:
 class Flux(Family):
     """How to call diffusers' FluxTransformer2DModel; its time is sigma. Text tokens all sit at position (0, 0, 0).
 
-    A network with `guidance_embeds` (FLUX.1-dev) takes the guidance scale as an input and runs once; it is held at the
-    pipeline's default.
+    A network with `guidance_embeds` (FLUX.1-dev) takes the guidance scale as an input and runs once.
     """
 
     name = "flux"
@@ -88,17 +86,13 @@ class Flux(Family):
         values = {"encoder_hidden_states": states, "pooled_projections": pooled}
         return values, {"encoder_hidden_states": null, "pooled_projections": null_pooled}
 
-    def constants(self, network: Any, image_size: tuple[int, int]) -> Values:
-        """Return the embedded guidance scale, where the network takes one."""
-        return {"embedded_guidance": torch.tensor([EMBEDDED_GUIDANCE])} if network.config.guidance_embeds else {}
+    def guidance_input(self, network: Any, guidance: float) -> Values:
+        """Return the scale, which FLUX.1-dev's kind embeds."""
+        return {"embedded_guidance": torch.tensor([guidance])} if network.config.guidance_embeds else {}
 
     def usual_guidance(self, network: Any, of_pipeline: float) -> float:
         """Return 1: guidance is an input of the network, or distilled away (FLUX.1-schnell)."""
         return 1.0
-
-    def call_guidance(self, guidance: float) -> float:
-        """Return the embedded scale: that is what FluxPipeline's `guidance_scale` is."""
-        return EMBEDDED_GUIDANCE
 
     def sample_shape(self, network: Any) -> tuple[int, int, int]:
         """Return (C, H, W) of the unpacked latents of the pipeline's default size."""

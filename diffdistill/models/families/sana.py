@@ -14,7 +14,6 @@ from diffdistill.models.families.common import ATTENTION, numbered
 from diffdistill.models.network import Family, Values
 
 _FEED_FORWARD = ("ff.conv_inverted", "ff.conv_point")
-EMBEDDED_GUIDANCE = 4.5  # SanaSprintPipeline's own
 
 
 class Sana(Family):
@@ -54,18 +53,10 @@ class Sana(Family):
         values, null = (dict(zip(_NAMES, pair, strict=False)) for pair in (encoded[:2], encoded[2:]))
         return values, null
 
-    def constants(self, network: Any, image_size: tuple[int, int]) -> Values:
-        """Return Sana-Sprint's embedded guidance, in the network's own scale."""
+    def guidance_input(self, network: Any, guidance: float) -> Values:
+        """Return the scale in the unit of Sana-Sprint's network, which embeds it."""
         config = network.config
-        return (
-            {"embedded_guidance": torch.tensor([EMBEDDED_GUIDANCE * config.guidance_embeds_scale])}
-            if config.guidance_embeds
-            else {}
-        )
-
-    def usual_guidance(self, network: Any, of_pipeline: float) -> float:
-        """Return the pipeline's own; 1 for Sana-Sprint, whose network takes it as an input."""
-        return 1.0 if network.config.guidance_embeds else of_pipeline
+        return {"embedded_guidance": torch.tensor([guidance * config.guidance_embeds_scale])} if config.guidance_embeds else {}
 
     def path(self, network: Any, scheduler: Any, sample_shape: tuple[int, int, int]) -> tuple[Schedule, str]:
         """Return the flow of the scheduler; for Sana-Sprint the flow that its network was trained on."""
