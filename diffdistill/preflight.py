@@ -212,7 +212,7 @@ def _samplers(config: RunConfig, run: LoadedRun) -> list[SamplerRow]:
             rows.append(SamplerRow(steps, steps, "", [], None, str(error), steps == wanted))
             continue
         try:
-            scheduler, refused = plan(run.teacher, sampler).scheduler["_class_name"], ""
+            scheduler, refused = plan(run.teacher, sampler, student=run.roles["student"]).scheduler["_class_name"], ""
         except UserError as error:
             scheduler, refused = None, str(error)
         rows.append(

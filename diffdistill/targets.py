@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError, unknown_name
@@ -56,22 +57,29 @@ class StockSampler:
         num_steps: what `set_timesteps` gets.
         guidance: scale counted from 1.
         gives_sigmas: whether the pipeline sets the times by even sigmas.
+        guidance_as_input: whether the scale goes into the network, in one evaluation.
     """
 
     config: Mapping[str, Any]
     num_steps: int
     guidance: float = 1.0
     gives_sigmas: bool = False
+    guidance_as_input: bool = False
 
     @property
     def nfe(self) -> int:
-        """One evaluation a step, guidance doubles."""
-        return self.num_steps * (1 if self.guidance == 1 else 2)
+        """One evaluation a step, guidance doubles unless it is an input."""
+        return self.num_steps * (1 if self.guidance == 1 or self.guidance_as_input else 2)
 
     def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
         """Return the final states."""
         scheduler = stock.build_scheduler(self.config)
-        net = guided(denoiser, self.guidance)
+        if self.guidance_as_input:
+            like = next(iter(cond.values.values()))
+            w = torch.full((cond.batch_size,), self.guidance, dtype=torch.float64, device=like.device)
+            net, cond = denoiser, cond.with_values(guidance=w)
+        else:
+            net = guided(denoiser, self.guidance)
         return stock.stock_sample(net, scheduler, self.num_steps, noise, cond, self.gives_sigmas)
 
 
@@ -179,7 +187,7 @@ def _export(name: str, path: Path) -> Target:
         scale = manifest.guidance if guidance is None else guidance
         if manifest.scheduler.class_name == stock.SCM:  # walks on another path than the network; verified to be this sampler
             return Sampler(grids.trailing(denoiser.schedule, num_steps), "renoise", guidance=scale)
-        return StockSampler(config, num_steps, scale, manifest.gives_sigmas)
+        return StockSampler(config, num_steps, scale, manifest.gives_sigmas, manifest.guidance_as_input)
 
     return Target(name, "export", teacher, denoiser, make, manifest.step_counts[0])
 

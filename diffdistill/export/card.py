@@ -153,7 +153,11 @@ def _notes(manifest: Manifest) -> list[str]:
     if manifest.prompts is not None:
         scale = manifest.call["guidance_scale"]
         inside = "the pipeline's own default is another, and guidance is inside the student"
-        why = inside if scale == manifest.guidance else "an input of the network, which the student was trained with"
+        why = (
+            inside
+            if scale == manifest.guidance and not manifest.guidance_as_input
+            else "it is an input of the network, and this is the value that was checked"
+        )
         notes.append(f"- Pass `guidance_scale={scale:g}`: {why}.")
     if manifest.pipeline_class == "DiTPipeline":
         what = "guidance is inside the student" if manifest.guidance == 1 else "the student was trained to be sampled so"

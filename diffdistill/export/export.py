@@ -23,7 +23,6 @@ from diffdistill.export.verify import verify as verify_export
 from diffdistill.export.weights import StudentRoles, choose_kind, write_weights
 from diffdistill.files import atomic_folder, sha256, write_atomic
 from diffdistill.models.conditioning import quiet_dtype
-from diffdistill.models.extras import extra_inputs_of
 from diffdistill.models.loading import Teacher, resolve
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.roles import Roles, build_roles
@@ -69,9 +68,9 @@ def export(
         VerificationError: stock diffusers makes something else of the folder; nothing is written.
         MachineError: the disk is full, or the checking process died.
     """
-    planned = plan(teacher, sampler, step_counts)
+    planned = plan(teacher, sampler, step_counts, roles[role])
     student = _student(roles, role, planned)
-    chosen = choose_kind(kind, roles, planned.pipeline_class)
+    chosen = choose_kind(kind, roles, planned.pipeline_class, student)
     size = _check_size(teacher, check_size)
     with atomic_folder(output) as folder:
         base, dtype = resolve(teacher.path), next(student.network.parameters()).dtype
@@ -101,6 +100,7 @@ def export(
             timesteps={str(n): stock_times(s, planned.scheduler) for n, s in planned.samplers.items()},
             times_call={str(n): call for n, s in planned.samplers.items() if (call := times_call(s, planned.scheduler))},
             guidance=sampler.guidance,
+            guidance_as_input=sampler.guidance_as_input,
             prediction_type=student.kind,
             sample_shape=student.sample_shape,
             num_classes=teacher.num_classes,
@@ -134,9 +134,6 @@ def _student(roles: StudentRoles, role: str, planned: Plan) -> NetworkDenoiser:
         raise UserError(
             f"role {role!r} is a {type(student).__name__}; a stock pipeline calls the bare network, on its own schedule."
         )
-    extra = extra_inputs_of(student.network)
-    if extra is not None:
-        raise UserError(f"role {role!r} has extra inputs, which a stock pipeline cannot carry: {extra.reason}")
     wanted = planned.scheduler.get("prediction_type", "flow_prediction")  # flow schedulers have one type, and do not say so
     if wanted == "trigflow":  # which SanaSprintPipeline makes of its network's flow
         wanted = "flow_prediction"

@@ -112,6 +112,9 @@ class Manifest(_Frozen):
         default_factory=dict, description="number of steps -> arguments of the pipeline's call by which it is told the times"
     )
     guidance: float = Field(description="counted from 1; 1 is none, as for students with guidance inside")
+    guidance_as_input: bool = Field(
+        False, description="whether the network takes the scale as an input which the base's does not have"
+    )
     prediction_type: str
     sample_shape: tuple[int, ...] = Field(description="(C, H, W) of one state")
     num_classes: int | None = None

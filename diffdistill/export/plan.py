@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from diffdistill.errors import UserError
 from diffdistill.models.conditioning import PromptConditioner
-from diffdistill.models.extras import ExtraInputs
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.extras import ExtraInputs, extra_inputs_of
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.sampling.sampler import Sampler
@@ -42,23 +43,21 @@ class Plan(NamedTuple):
     gives_sigmas: bool
 
 
-def plan(teacher: Teacher, sampler: Sampler, step_counts: Sequence[int] | None = None) -> Plan:
+def plan(teacher: Teacher, sampler: Sampler, step_counts: Sequence[int] | None = None, student: Denoiser | None = None) -> Plan:
     """Return how the student of a teacher will be exported, or refuse; costs nothing, so ask before training.
 
     Args:
         teacher: the loaded teacher.
         sampler: the student's.
         step_counts: numbers of steps to promise; None for the sampler's own.
+        student: its denoiser; None for one like the teacher's.
     Raises:
         UserError: no stock pipeline can carry it; says why and what works.
     """
     pipeline_class = _pipeline_class(teacher)
-    if sampler.guidance_as_input:
-        raise UserError(
-            f"this student takes its guidance as an input: {ExtraInputs.reason}. Distil with one value of guidance and "
-            "guidance_input: null, or set exportable: false to train a student that only this program samples."
-        )
-    _check_guidance(teacher, sampler.guidance, pipeline_class)
+    _check_inputs(teacher.denoiser if student is None else student, sampler)
+    if not sampler.guidance_as_input:
+        _check_guidance(teacher, sampler.guidance, pipeline_class)
     counts = sorted(set(step_counts or (sampler.num_steps,)))
     samplers = {count: with_steps(sampler, count) for count in counts}
     # Each count is asked by itself for its own reason to refuse; the folder gets the scheduler of the largest.
@@ -77,7 +76,7 @@ def plan(teacher: Teacher, sampler: Sampler, step_counts: Sequence[int] | None =
                 f"one {config['_class_name']} cannot serve step counts {counts}: for {count} it visits "
                 f"{scheduler.timesteps.tolist()} instead of {stock_times(member, config)}. Export them separately."
             )
-    return Plan(pipeline_class, config, samplers, _call(teacher, pipeline_class, sampler.guidance), gives_sigmas)
+    return Plan(pipeline_class, config, samplers, _call(teacher, pipeline_class, sampler), gives_sigmas)
 
 
 def _pipeline_class(teacher: Teacher) -> str:
@@ -101,15 +100,29 @@ def _pipeline_class(teacher: Teacher) -> str:
     return name
 
 
-def _call(teacher: Teacher, pipeline_class: str, guidance: float) -> dict[str, Any]:
+def _check_inputs(student: Denoiser, sampler: Sampler) -> None:
+    """Refuse a student with inputs that no stock pipeline feeds."""
+    extra = None if not isinstance(student, NetworkDenoiser) else extra_inputs_of(student.network)
+    if extra is not None and extra.stock_pipeline_can_carry:
+        return
+    if sampler.guidance_as_input:
+        raise UserError(
+            f"this student takes its guidance as an input: {(extra or ExtraInputs).reason}. Distil with one value of guidance and "
+            "guidance_input: null, or set exportable: false to train a student that only this program samples."
+        )
+    if extra is not None:
+        raise UserError(f"this student has extra inputs ({', '.join(extra.reads)}): {extra.reason}. Distil without them.")
+
+
+def _call(teacher: Teacher, pipeline_class: str, sampler: Sampler) -> dict[str, Any]:
     """Return the arguments of the pipeline's call that decide the image, beside what is asked for."""
     import diffusers
 
     if not teacher.family.reads_text:
-        return {"guidance_scale": guidance} if pipeline_class == "DiTPipeline" else {}
+        return {"guidance_scale": sampler.guidance} if pipeline_class == "DiTPipeline" else {}
     accepted = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
     _, height, width = teacher.image_shape
-    conditioner = teacher.conditioner
+    guidance, conditioner = sampler.guidance, teacher.conditioner
     if isinstance(conditioner, PromptConditioner) and teacher.family.takes_guidance(teacher.network):
         guidance = conditioner.guidance_scale
     call: dict[str, Any] = {"guidance_scale": guidance, "height": height, "width": width}

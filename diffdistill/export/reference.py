@@ -53,8 +53,12 @@ def write_reference(
     with _on_cpu(student.network):
         dtype = next(student.network.parameters()).dtype
         for count, sampler in samplers.items():
-            recorder = _Recorder(guided(student, sampler.guidance), dtype)
-            states, final = replace(sampler, guidance=1.0).trajectory(recorder, Noise(seeds), cond)
+            if sampler.guidance_as_input:
+                asked_once, rest = student, sampler
+            else:
+                asked_once, rest = guided(student, sampler.guidance), replace(sampler, guidance=1.0)
+            recorder = _Recorder(asked_once, dtype)
+            states, final = rest.trajectory(recorder, Noise(seeds), cond)
             tensors |= {
                 f"{count}.states": torch.stack([state.x_t for state in states]),
                 f"{count}.raw": torch.stack(recorder.raw),

@@ -486,13 +486,13 @@ class Run:
 class PromptedExport(Export):
     """An export whose pipeline reads prompts."""
 
-    def run(self, num_steps: int, stop_after: int | None = None) -> Run:
+    def run(self, num_steps: int, stop_after: int | None = None, **changes: Any) -> Run:
         """Call the pipeline as the card says, for images of the check's size; `stop_after`: calls of the network to hear."""
         arguments = {"num_inference_steps": num_steps, "generator": self.generators()}
         arguments |= self.manifest["call"] | self.times_call(num_steps)
         if size := self.manifest.get("check_size"):
             arguments |= {"height": size, "width": size}
-        return Run(self.pipeline, self.component, arguments, list(self.manifest["prompts"]), stop_after)
+        return Run(self.pipeline, self.component, arguments | changes, list(self.manifest["prompts"]), stop_after)
 
     @functools.cached_property
     def runs(self) -> dict[int, Run]:
@@ -521,9 +521,12 @@ class PromptedExport(Export):
         if self.base_network is None:
             raise Skipped("the base is not here")
         student, num_steps = self.network, self.step_counts[0]
+        ours = self.runs[num_steps].raw[0]
+        # A base without an input for guidance would be asked twice at another scale.
+        changes = {"guidance_scale": 1.0} if self.manifest.get("guidance_as_input") else {}
         setattr(self.pipeline, self.component, self.base_network)
         try:
-            difference = gap(self.runs[num_steps].raw[0], self.run(num_steps, stop_after=1).raw[0])
+            difference = gap(ours, self.run(num_steps, stop_after=1, **changes).raw[0])
         finally:
             setattr(self.pipeline, self.component, student)
         if difference < DIFFERENCE:

@@ -14,7 +14,9 @@ from diffdistill.export.manifest import LORA_FILE, Adapter, Kind
 from diffdistill.export.plan import Plan
 from diffdistill.files import write_json
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.extras import extra_modules
 from diffdistill.models.loading import Teacher
+from diffdistill.models.network import NetworkDenoiser
 from diffdistill.sampling.stock import build_scheduler
 
 ADAPTER_PREFIX = "base_model.model."
@@ -39,8 +41,10 @@ class StudentRoles(Protocol):
         ...
 
 
-def choose_kind(kind: str, roles: StudentRoles, pipeline_class: str) -> Kind:
+def choose_kind(kind: str, roles: StudentRoles, pipeline_class: str, student: NetworkDenoiser) -> Kind:
     """Return the form to write; "auto" is a LoRA file, else an adapter folder, for LoRA students, and a pipeline for the rest.
+
+    A student with an input more than its base is a pipeline in any case: the input's weights are part of no adapter.
 
     Raises:
         UserError: an unknown kind, or one that this student or pipeline cannot have.
@@ -50,8 +54,9 @@ def choose_kind(kind: str, roles: StudentRoles, pipeline_class: str) -> Kind:
     if kind not in ("auto", *get_args(Kind)):
         raise unknown_name("export kind", kind, ("auto", *get_args(Kind)))
     takes_lora = hasattr(getattr(diffusers, pipeline_class), "load_lora_weights")
+    more = bool(extra_modules(student.network))
     if kind == "auto":
-        return "merged" if roles.lora is None else "lora" if takes_lora else "peft"
+        return "merged" if roles.lora is None or more else "lora" if takes_lora else "peft"
     if kind in ("lora", "kohya") and not takes_lora:
         raise UserError(
             f"{pipeline_class} has no load_lora_weights, so a LoRA file cannot be loaded into it. Use 'peft' (an "
@@ -62,6 +67,10 @@ def choose_kind(kind: str, roles: StudentRoles, pipeline_class: str) -> Kind:
     if kind != "merged" and roles.lora is None:
         raise UserError(
             f"kind {kind!r} holds an adapter, and this student is a whole network. Use 'merged', or train with lora."
+        )
+    if kind != "merged" and more:
+        raise UserError(
+            f"kind {kind!r} holds an adapter, and this student also trained an input for its guidance. Use 'merged'."
         )
     return cast("Kind", kind)
 
@@ -93,6 +102,8 @@ def _write_merged(
     base: str,
 ) -> None:
     network = getattr(pipeline, teacher.family.component)
+    if (slot := teacher.family.guidance_slot(network)) is not None and f"{slot}.weight" in state.keys() - network.state_dict():
+        teacher.family.add_guidance_slot(network)
     dtype = next(iter(state.values())).dtype
     network.to(dtype).load_state_dict({name: tensor.to("cpu") for name, tensor in state.items()}, strict=True)
     pipeline.scheduler = build_scheduler(planned.scheduler)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.models.extras import ConditionReader, extra_inputs_of
+from diffdistill.models.extras import extra_inputs_of, extra_modules
 
 # The layers of a network that hold adapters, found once at injection and kept in the network's own __dict__, where a deep
 # copy of the network carries them over to its own layers.
@@ -66,8 +66,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _adaptable(network: nn.Module) -> list[str]:
     """Return the names of the layers that can take an adapter; extra inputs are trained whole and take none."""
-    readers = [module for module in network.modules() if isinstance(module, ConditionReader)]
-    inside_extras = {id(module) for reader in readers for module in reader.modules()}
+    inside_extras = {id(module) for module in extra_modules(network)}
     return [
         name
         for name, module in network.named_modules()

@@ -3,6 +3,9 @@
 Each value becomes cosines and sines, then a small MLP whose last layer is zero, so that at the start the network with extras
 gives bit for bit what it gave without. The embedding is added by forward hooks on the family's time modules. The value comes
 from the `Condition` (keys "second_time" and "guidance"); the network's own `ExtraInputs` holds it for the length of one call.
+
+Where the stock class has a place for a guidance scale (`Family.guidance_slot`: UNet2DConditionModel's `time_cond_proj_dim`), that
+is the input, stock in name and form, so that stock pipelines carry the student.
 Source: guidance embedding of arXiv:2210.03142 (Sec. 3) and LCM (arXiv:2310.04378); second time of CTM (arXiv:2310.02279).
 """
 
@@ -58,15 +61,19 @@ class ConditionReader(nn.Module, ABC):
 
     Attributes:
         values: name -> (B, ...), set by `holding` around one call of the network; None outside.
-        stock_pipeline_can_carry: False, for `reason`.
+        reason: why stock pipelines do not carry it.
     """
 
-    stock_pipeline_can_carry: ClassVar[bool] = False
     reason: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
         self.values: Mapping[str, Tensor] | None = None
+
+    @property
+    def stock_pipeline_can_carry(self) -> bool:
+        """Whether a stock pipeline makes the same images."""
+        return False
 
     @property
     @abstractmethod
@@ -91,20 +98,27 @@ class ExtraInputs(ConditionReader):
     """The embeddings of a network's extra inputs.
 
     Attributes:
-        embeddings: name -> ValueEmbedding.
+        embeddings: name -> ValueEmbedding, of the inputs that are fed by hooks.
+        slot: name of the stock module in the network that takes the guidance scale; None where hooks feed it, or nothing does.
     """
 
     reason: ClassVar[str] = (
-        "the stock network class has no place for the embedding's weights, and the stock pipeline does not pass the value"
+        "the stock network class has no free place for the embedding's weights, and the stock pipeline does not pass the value"
     )
 
-    def __init__(self, width: int, full_scales: Mapping[str, float]) -> None:
+    def __init__(self, width: int, full_scales: Mapping[str, float], slot: str | None = None) -> None:
         super().__init__()
+        self.slot = slot
         self.embeddings = nn.ModuleDict({name: ValueEmbedding(width, scale) for name, scale in full_scales.items()})
 
     @property
+    def stock_pipeline_can_carry(self) -> bool:
+        """Whether the guidance scale is the only input, and in its stock place."""
+        return not self.embeddings
+
+    @property
     def reads(self) -> tuple[str, ...]:
-        """Return the names of the inputs."""
+        """Return the names of the inputs that are fed by hooks."""
         return tuple(self.embeddings)
 
     def add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -128,6 +142,15 @@ def extra_inputs_of(network: nn.Module) -> ConditionReader | None:
     """Return the network's extra inputs or guidance adapters, None where it has neither."""
     extra = network._modules.get(MODULE)
     return extra if isinstance(extra, ConditionReader) else None
+
+
+def extra_modules(network: nn.Module) -> list[nn.Module]:
+    """Return every module that a network has beyond its teacher's: its reader's, and that of a stock slot."""
+    extra = extra_inputs_of(network)
+    if extra is None:
+        return []
+    slot = extra.slot if isinstance(extra, ExtraInputs) else None
+    return [*extra.modules(), *([] if slot is None else network.get_submodule(slot).modules())]
 
 
 def feeding(network: nn.Module, cond: Condition) -> contextlib.AbstractContextManager[None]:
@@ -155,8 +178,8 @@ def time_width(module: nn.Module) -> int:
 def add_extra_inputs(network: nn.Module, family: Family, names: Sequence[str] | Mapping[str, float]) -> ExtraInputs:
     """Give a network extra inputs, in place; its output does not change until their weights do.
 
-    The embeddings become part of the network (`extra_inputs.*`): a deep copy has its own, and the copy's hooks feed from it.
-    Add them before roles are built, so that the roles train them.
+    The embeddings become part of the network (`extra_inputs.*`, or the stock name): a deep copy has its own, and the copy's hooks
+    feed from it. Add them before roles are built, so that the roles train them.
 
     Args:
         network: a network without extra inputs and without adapters.
@@ -166,7 +189,7 @@ def add_extra_inputs(network: nn.Module, family: Family, names: Sequence[str] | 
     Returns:
         the module that holds the embeddings.
     Raises:
-        UserError: unknown or no names, or a network that has extra inputs already.
+        UserError: unknown or no names, or a network that has extra inputs, or takes a guidance scale, already.
     """
     for name in names:
         if name not in KNOWN:
@@ -175,14 +198,23 @@ def add_extra_inputs(network: nn.Module, family: Family, names: Sequence[str] | 
         raise UserError(f"name at least one extra input: {', '.join(KNOWN)}.")
     if extra_inputs_of(network) is not None:
         raise UserError("this network has extra inputs already; name all of them in one call.")
+    scales = dict(names) if isinstance(names, Mapping) else {name: KNOWN[name] for name in names}
+    slot = family.guidance_slot(network) if "guidance" in scales else None
+    if slot is not None and family.takes_guidance(network):
+        raise UserError(
+            f"this {type(network).__name__} takes its guidance scale as an input already. Leave guidance_input out; its student takes "
+            "the scale that the teacher is told."
+        )
     modules = family.time_modules(network)
     widths = {time_width(module) for module in modules}
     if len(widths) != 1:
         raise UserError(f"extra inputs need time embeddings of one width; {type(network).__name__} has {sorted(widths)}.")
-    scales = names if isinstance(names, Mapping) else {name: KNOWN[name] for name in names}
-    extra = ExtraInputs(widths.pop(), scales)
+    if slot is not None:
+        family.add_guidance_slot(network)
+        del scales["guidance"]
+    extra = ExtraInputs(widths.pop(), scales, slot)
     reference = next(parameter for parameter in modules[0].parameters())
     network.add_module(MODULE, extra.to(reference.device, reference.dtype).eval())
-    for module in modules:
+    for module in modules if scales else ():
         module.register_forward_hook(extra.add)  # a bound method: deepcopy rebinds it to the copy of `extra`
     return extra

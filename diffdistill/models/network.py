@@ -128,6 +128,14 @@ class Family(ABC):
         kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
         return schedule_from_diffusers(scheduler, self.num_tokens(network, sample_shape)), kind
 
+    def guidance_slot(self, network: Any) -> str | None:
+        """Return the name that the module has in the stock class by which a pipeline tells w; None where there is no place for one."""
+        return None
+
+    def add_guidance_slot(self, network: Any) -> None:
+        """Give the network that module, in place, zero at first, so that its output does not change until it is trained."""
+        raise NotImplementedError(f"{self.name} has no place for a guidance scale")
+
     def usual_guidance(self, network: Any, of_pipeline: float) -> float:
         """Return the guidance by two passes that the teacher is usually sampled with; 1 where it is an input of the network."""
         return 1.0 if self.takes_guidance(network) else of_pipeline

@@ -35,7 +35,7 @@ from diffdistill.models.adapters import (
     merged_state,
 )
 from diffdistill.models.denoiser import Denoiser, OfNetwork, network_of
-from diffdistill.models.extras import add_extra_inputs, extra_inputs_of
+from diffdistill.models.extras import add_extra_inputs, extra_inputs_of, extra_modules
 from diffdistill.models.guidance_adapters import GuidanceAdapterSpec, add_guidance_adapters, muted
 from diffdistill.models.network import FamilyDenoiser
 from diffdistill.models.quantize import is_quantized
@@ -287,8 +287,7 @@ def build_roles(
             else:
                 inject_adapters(own, (name,), lora, presets)
                 denoiser = denoiser.with_role(InRole(own, name))
-                extra = extra_inputs_of(own)
-                whole = set() if extra is None else {id(parameter) for parameter in extra.parameters()}
+                whole = {id(parameter) for module in extra_modules(own) for parameter in module.parameters(recurse=False)}
                 trained[name] = adapter_parameters(own, name) | {
                     key: parameter for key, parameter in own.named_parameters() if id(parameter) in whole
                 }

@@ -187,7 +187,8 @@ class _Run:
         )
         if config.exportable:
             last = config.stages[-1]
-            plan(self.teacher, build_distiller(last, self.roles).sampler(preview_steps(config, last)))
+            sampler = build_distiller(last, self.roles).sampler(preview_steps(config, last))
+            plan(self.teacher, sampler, student=self.roles["student"])
 
     def _begin(self) -> None:
         """Write the folder's first files, make the pairs or trajectories that the config asks for, open log and progress."""

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ GOOD = {
     "sana-lora": ("sana", "renoise", "auto", "lora"),
     "sana-sprint-lora": ("sana-sprint", "renoise", "auto", "lora"),
     "sana-sprint-merged": ("sana-sprint", "renoise", "merged", "merged"),
+    "sd-w-lora": ("sd w", "renoise", "auto", "merged"),
+    "sdxl-w": ("sdxl w", "ddim", "auto", "merged"),
 }
+W = 5.3  # of the students that take w as an input, which are named "... w"
 
 
 def step_counts(name: str) -> tuple[int, ...]:
@@ -63,17 +67,27 @@ def step_counts(name: str) -> tuple[int, ...]:
 
 def student(name: str, place: Path) -> tuple[Teacher, Roles]:
     """Return a teacher and roles whose student is not the teacher; alpha / rank is 2."""
+    name, _, with_w = name.partition(" ")
     folder = place / "base" / name
     teacher = load_teacher(
         folder if folder.exists() else text_pipelines.save(name, place / "base"), size=32 if name.startswith("sana") else 16
     )
     spec = LoraSpec(rank=4, alpha=8.0, targets="attention" if name.startswith("sana") else "attention+ff")
-    roles = build_roles(teacher.denoiser, ("student", "fake"), "shared", spec)
+    if with_w:
+        roles = build_roles(teacher.denoiser, ("student",), "copies", spec, extra_inputs=("guidance",))
+    else:
+        roles = build_roles(teacher.denoiser, ("student", "fake"), "shared", spec)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in roles.parameters("student"):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return teacher, roles
+
+
+def sampler_of(name: str, teacher: Teacher, rule: str, num_steps: int) -> Sampler:
+    """Return the sampler of a pipeline's student."""
+    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, num_steps), rule)
+    return replace(sampler, guidance=W, guidance_as_input=True) if name.endswith(" w") else sampler
 
 
 def rename(function: Callable[[str], str], scale_of_b: float = 1.0) -> Callable[[Path], None]:
@@ -120,7 +134,7 @@ def manifests(place) -> dict[str, Manifest]:
     written = {}
     for name, (pipeline, rule, kind, _) in GOOD.items():
         teacher, roles = student(pipeline, place)
-        sampler = Sampler(grids.trailing(teacher.denoiser.schedule, max(step_counts(pipeline))), rule)
+        sampler = sampler_of(pipeline, teacher, rule, max(step_counts(pipeline)))
         options = {"method": "dmd2", "step_counts": step_counts(pipeline), "verify": False}
         written[name] = export(teacher, roles, sampler, place / name, kind, **options)
     return written
@@ -135,6 +149,10 @@ def verified(place, manifests) -> dict[str, Any]:
         damage(folder)
         manifest = Manifest.read(folder)
         manifest.model_copy(update={"files": manifest.files | {FILE: sha256(folder / FILE)}}).write(folder)
+    folders["other w"] = place / "other w"
+    shutil.copytree(place / "sd-w-lora", folders["other w"])
+    manifest = Manifest.read(folders["other w"])
+    manifest.model_copy(update={"call": manifest.call | {"guidance_scale": W + 1}}).write(folders["other w"])
     return dict(zip(folders, verify_all(list(folders.values())), strict=True))
 
 
@@ -152,13 +170,32 @@ def test_each_of_the_six_broken_exports_is_named(name, verified):
     assert verified[name].failure is not None and verified[name].failure.name == BROKEN[name][1], str(verified[name])
 
 
+def test_a_guidance_scale_counted_otherwise_is_found(verified):
+    """Stock embeddings count w from 0, ours from 1: one off is another input of the network."""
+    assert verified["other w"].failure.name == "network"
+
+
+def test_a_student_that_takes_w_is_a_stock_pipeline_of_that_kind(place, manifests):
+    manifest = manifests["sd-w-lora"]
+    assert manifest.guidance_as_input and manifest.guidance == manifest.call["guidance_scale"] == W
+    assert json.loads((place / "sd-w-lora" / "unet" / "config.json").read_text())["time_cond_proj_dim"] == 256
+    as_teacher = load_teacher(place / "sd-w-lora", size=16)
+    assert as_teacher.guidance == 1 and as_teacher.condition(["a"]).values["guidance"].tolist() == [W]
+    teacher, roles = student("sd w", place)
+    for kind in ("lora", "peft"):
+        with pytest.raises(UserError, match="also trained an input for its guidance. Use 'merged'"):
+            export(teacher, roles, sampler_of("sd w", teacher, "ddim", 4), place / "refused", kind, verify=False)
+    images = [dd.sample(place / "sd-w-lora", num=1, prompts=["a cat"], guidance=w).images for w in (None, W, W + 3)]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
 # The pipelines' autoencoders halve the edges; the UNets halve them again, the others take patches of 2, Sana's of 1.
 SMALLEST = {"sd": 8, "sdxl": 8, "pixart": 8, "sd3": 8, "flux": 8, "sana": 32, "sana-sprint": 32}
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_the_check_is_made_on_the_smallest_images_and_the_card_asks_for_the_own_size(name, place, manifests):
-    manifest, size = manifests[name], SMALLEST[GOOD[name][0]]
+    manifest, size = manifests[name], SMALLEST[GOOD[name][0].removesuffix(" w")]
     assert manifest.check_size == size
     assert manifest.call["height"] == manifest.call["width"] == 2 * manifest.sample_shape[1] >= 16
     states = load_file(place / name / "reference.safetensors")[f"{max(manifest.step_counts)}.states"]
@@ -208,13 +245,13 @@ def test_the_lines_on_the_card_run(place, manifests, monkeypatch):
     assert (folder / "sample.png").exists()
 
 
-@pytest.mark.parametrize("name", ["sd-lora", "sd-kohya", "sd-merged", "sd-peft", "flux-lora", "sana-sprint-merged"])
+@pytest.mark.parametrize("name", ["sd-lora", "sd-kohya", "sd-merged", "sd-peft", "flux-lora", "sana-sprint-merged", "sdxl-w"])
 def test_an_export_is_sampled_by_name_and_prompts(name, place, manifests):
     """`dd.sample` on the folder makes the student's images, whatever form they are in."""
     pipeline, rule = GOOD[name][:2]
     teacher, roles = student(pipeline, place)
     num_steps = max(manifests[name].step_counts)
-    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, num_steps), rule)
+    sampler = sampler_of(pipeline, teacher, rule, num_steps)
     asked = ["a cat", "a dog"]
     expected = image_generator(teacher, roles["student"], sampler)([5, 6], asked)
     images = dd.sample(place / name, steps=num_steps, num=2, seed=5, prompts=asked).images

@@ -203,4 +203,5 @@ def test_what_cannot_be_added_is_refused():
 
 
 def test_a_stock_pipeline_cannot_carry_them_and_the_reason_is_said():
-    assert ExtraInputs.stock_pipeline_can_carry is False and "stock pipeline" in ExtraInputs.reason
+    extra = extra_inputs_of(extended("unet")[0].network)
+    assert not extra.stock_pipeline_can_carry and "stock pipeline" in ExtraInputs.reason

@@ -21,6 +21,7 @@ from diffdistill.math.schedules import RectifiedFlowSchedule, TrigFlowSchedule, 
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.families.flux import pack, position_ids, unpack
+from diffdistill.models.families.unet2d_condition import guidance_waves
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import build_roles
@@ -88,7 +89,8 @@ def sigmas(name: str) -> dict[str, Any]:
     return {"sigmas": list(np.linspace(1, 1 / STEPS, STEPS))} if name in ("sd3", "sana") else {}
 
 
-ONE_PASS = ("flux", "flux-schnell")  # guidance is an input of the network, or distilled away
+ONE_PASS = ("sd-w", "flux", "flux-schnell")  # guidance is an input of the network, or distilled away
+OWN_SCALE = {"sd-w": 7.5, "flux": 3.5, "flux-schnell": 3.5}  # of their pipelines' calls
 
 
 @pytest.mark.parametrize(("name", "guidance"), [*((n, 1.0) for n in (*GUIDED, *ONE_PASS)), *((n, 3.0) for n in GUIDED)])
@@ -99,7 +101,7 @@ def test_own_sampler_makes_the_stock_latents(name: str, guidance: float) -> None
     if isinstance(loaded.denoiser.schedule, VPSchedule):
         pipeline.scheduler = build_scheduler(sampler.scheduler_config(loaded.scheduler_config))
     states, last = sampler.trajectory(loaded.denoiser, Noise(SEEDS), loaded.condition(PROMPTS))
-    stock = stock_latents(name, pipeline, 3.5 if name.startswith("flux") else guidance, **sigmas(name))
+    stock = stock_latents(name, pipeline, OWN_SCALE.get(name, guidance), **sigmas(name))
     assert_equal([*(state.x_t for state in states[1:]), last], stock)
 
 
@@ -111,6 +113,51 @@ def test_own_scheduler_makes_the_stock_latents(name: str) -> None:
     states = stock_states(denoiser, build_scheduler(loaded.scheduler_config), STEPS, Noise(SEEDS), loaded.condition(PROMPTS))
     assert_equal(states[1:], stock_latents(name, pipeline, loaded.guidance))
     assert loaded.guidance == inspect.signature(pipeline.__call__).parameters["guidance_scale"].default > 1
+
+
+@pytest.mark.parametrize("w", [1.0, 2.5, 7.3, 14.9])
+def test_the_waves_of_w_are_the_stock_pipelines_bit_for_bit(w: float) -> None:
+    stock = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor(w - 1).repeat(2), 256)
+    assert torch.equal(guidance_waves(torch.full((2,), w, dtype=torch.float64), 256), stock)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_guidance_input_is_the_stock_networks_own(name: str) -> None:
+    """Nothing at first; then what the class itself, built with time_cond_proj_dim, makes of the same weights."""
+    loaded, w = teacher(name), torch.tensor([3.0, 8.0], dtype=torch.float64)
+    roles = build_roles(loaded.denoiser, ("student",), "copies", extra_inputs=("guidance",))
+    x, t = Noise(SEEDS).draw(loaded.denoiser.sample_shape), torch.tensor([100.0, 700.0], dtype=torch.float64)
+    cond = loaded.condition(PROMPTS)
+    told = cond.with_values(guidance=w)
+    expected = loaded.denoiser(x, t, cond).raw
+    assert torch.equal(roles["student"](x, t, told).raw, expected)
+    assert loaded.network.config.time_cond_proj_dim is None and loaded.network.time_embedding.cond_proj is None
+    with torch.no_grad():
+        roles.named_parameters("student")["time_embedding.cond_proj.weight"].normal_(std=0.5)
+    stock = type(loaded.network).from_config(roles["student"].network.config)
+    stock.load_state_dict(roles.network_state("student"), strict=True)
+    assert stock.config.time_cond_proj_dim == 256
+    waves = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, w.float() - 1, 256)
+    added = {key: cond.values[key] for key in ("text_embeds", "time_ids") if key in cond.values}
+    hidden = cond.values["encoder_hidden_states"]
+    raw = stock.eval()(x, t.float(), hidden, timestep_cond=waves, added_cond_kwargs=added, return_dict=False)[0]
+    ours = roles["student"](x, t, told).raw
+    torch.testing.assert_close(ours, raw)
+    assert float((ours - expected).detach().abs().max()) > 1e-3
+    assert torch.equal(roles["student"](x, t, cond).raw, expected)  # no w, nothing added
+
+
+def test_a_guidance_input_is_trained_whole_beside_adapters_and_takes_none() -> None:
+    loaded = teacher("sd")
+    lora = LoraSpec(rank=2, targets=("to_q", "linear_1"))
+    roles = build_roles(loaded.denoiser, ("student",), "copies", lora, extra_inputs=("guidance",))
+    names = set(roles.named_parameters("student"))
+    assert "time_embedding.cond_proj.weight" in names and "time_embedding.linear_1.lora_A.weight" in names
+    assert not any("cond_proj.lora" in name for name in names)
+    with pytest.raises(UserError, match="LoRA targets .*cond_proj"):
+        build_roles(loaded.denoiser, ("student",), "copies", LoraSpec(targets=("cond_proj",)), extra_inputs=("guidance",))
+    with pytest.raises(UserError, match="takes its guidance scale as an input already"):
+        build_roles(teacher("sd-w").denoiser, ("student",), "copies", extra_inputs=("guidance",))
 
 
 def test_sana_sprint_is_a_flow_behind_its_arc() -> None:

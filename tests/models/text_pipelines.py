@@ -98,19 +98,24 @@ def unet(**options: Any) -> Any:
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
-def stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Any:
+def stable_diffusion(folder: Path, prediction_type: str = "epsilon", **options: Any) -> Any:
     """Return a StableDiffusionPipeline."""
     scheduler = diffusers.DDIMScheduler(
         **BETAS, prediction_type=prediction_type, steps_offset=1, set_alpha_to_one=False, timestep_spacing="leading"
     )
     return diffusers.StableDiffusionPipeline(
-        vae(), clip_text(16), clip_tokenizer(folder), unet(), scheduler, None, None, requires_safety_checker=False
+        vae(), clip_text(16), clip_tokenizer(folder), unet(**options), scheduler, None, None, requires_safety_checker=False
     )
 
 
 def stable_diffusion_v(folder: Path) -> Any:
     """Return a StableDiffusionPipeline as SD 2.1 is: v prediction."""
     return stable_diffusion(folder, "v_prediction")
+
+
+def stable_diffusion_w(folder: Path) -> Any:
+    """Return a StableDiffusionPipeline whose network takes the guidance scale as an input, as latent consistency models' do."""
+    return stable_diffusion(folder, time_cond_proj_dim=32)
 
 
 def sdxl(folder: Path, zeros: bool = True) -> Any:
@@ -270,6 +275,7 @@ def sana_sprint(folder: Path) -> Any:
 BUILDERS: dict[str, Callable[[Path], Any]] = {
     "sd": stable_diffusion,
     "sd-v": stable_diffusion_v,
+    "sd-w": stable_diffusion_w,
     "sdxl": sdxl,
     "pixart": pixart,
     "pixart-sigma": pixart_sigma,

@@ -74,6 +74,16 @@ def test_prompts_in_and_a_verified_lora_out(place):
     assert manifest.call["guidance_scale"] == 1 and manifest.timesteps == {"2": [999.0, 499.0]}
 
 
+def test_a_student_that_takes_w_trains_the_stock_input_and_leaves_as_a_pipeline(place):
+    roles = {"layout": "copies", "lora": {"rank": 2, "targets": "attention"}}
+    run = config(place, "lcm-w", LCM | {"guidance_input": 3.0}, "captions", steps=3, roles=roles, ema=None, samples=None)
+    train(run, progress=False)
+    loaded = load_run(place / "lcm-w")
+    assert loaded.roles.state("student")["time_embedding.cond_proj.weight"].any()
+    manifest = export(loaded.teacher, loaded.roles, loaded.sampler(2), place / "w", verify=False)
+    assert (manifest.kind, manifest.call["guidance_scale"], manifest.guidance_as_input) == ("merged", 3.0, True)
+
+
 def test_captioned_images_train_lcm_lora_and_the_run_repeats_itself(place):
     for name in ("lcm", "lcm-again"):
         train(config(place, name, LCM, "captions"), progress=False)
