@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -19,6 +20,7 @@ from diffdistill.errors import UserError
 from diffdistill.files import hash_json, sha256
 from diffdistill.models.condition import Condition
 from diffdistill.models.network import Classes, Family
+from diffdistill.models.weightless import as_fakes, meta_like, on_meta
 
 Asked = Tensor | Sequence[str] | None
 """What images are asked for: class labels (B,) int64, B prompts, or None of an unconditional model."""
@@ -112,6 +114,7 @@ class PromptConditioner:
         image_size: (height, width) of the images in pixels.
         guidance_scale: what the stock pipeline's is to be, for a network that takes it as an input.
         path: of the teacher, for messages.
+        device: of the text encoders and of what they encode; on "meta" their configs are all that is read.
         options: further arguments of `from_pretrained` (dtype, variant).
     """
 
@@ -190,7 +193,10 @@ class PromptConditioner:
         if self._pipeline is None:
             self._pipeline = self._load()
         values, null = self.family.encode(self._pipeline, list(prompts))
-        return values, {name: value[:1] for name, value in null.items()}
+        null = {name: value[:1] for name, value in null.items()}
+        if self.device.type == "meta":
+            values, null = ({name: meta_like(value) for name, value in part.items()} for part in (values, null))
+        return values, null
 
     def _load(self) -> Any:
         import diffusers
@@ -205,16 +211,29 @@ class PromptConditioner:
         if missing and Path(self._folder).is_dir():  # from_pretrained makes an empty tokenizer in place of a missing one
             raise UserError(f"the pipeline {self.path!r} lacks {', '.join(missing)}, which its model_index.json names. Add it.")
         left_out = {name: None for name in components if name not in wanted}
-        network = {self.family.component: self._network}
+        weightless = self.device.type == "meta"
         try:
             with quiet_dtype():
-                pipeline = pipeline_class.from_pretrained(self._folder, **left_out | network, **self._options)
+                given = self._fakes(components) if weightless else {self.family.component: self._network}
+                pipeline = pipeline_class.from_pretrained(self._folder, **left_out | given, **self._options)
         except Exception as error:  # the loaders raise many types; every one means that prompts cannot be encoded
             raise UserError(f"cannot load the text encoders of {self.path!r}: {error}") from error
         for name in (name for name in parts if name.startswith("text_encoder")):
             if getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).eval().requires_grad_(False)
-        return pipeline.to(self.device)
+        return pipeline if weightless else pipeline.to(self.device)
+
+    def _fakes(self, components: Mapping[str, str | None]) -> dict[str, nn.Module]:
+        """Return network and text encoders without weights, which encode real tokens into tensors of the right shape."""
+        import transformers
+
+        networks = {self.family.component: self._network}
+        for name, kind in components.items():
+            if name.startswith("text_encoder") and kind is not None:
+                encoder_class = getattr(transformers, kind)
+                config = encoder_class.config_class.from_pretrained(self._folder, subfolder=name)
+                networks[name] = on_meta(partial(encoder_class, config), self._options["torch_dtype"])
+        return {name: as_fakes(network, [network]) for name, network in networks.items()}
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffdistill.models.families import FAMILIES
 from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.network import Classes, EDMDenoiser, Family, FamilyDenoiser, NetworkDenoiser
 from diffdistill.models.quantize import Quantization, quantize
+from diffdistill.models.weightless import on_meta
 
 EMBEDDED = ("digits-unet", "digits-dit", "shapes-sd")
 INDEX = "model_index.json"
@@ -215,16 +217,29 @@ def _scheduler_class(index: Mapping[str, Any], folder: str) -> str:
     return name
 
 
-def _load_part(folder: str, component: str, class_name: str, variant: str | None = None, **options: Any) -> Any:
-    import diffusers
-
-    if variant is not None and not _lacks_variant(folder, component, variant):
-        options["variant"] = variant
+@contextlib.contextmanager
+def _loading(folder: str, component: str, class_name: str) -> Iterator[None]:
     try:
         with quiet_dtype():
-            return getattr(diffusers, class_name).from_pretrained(folder, subfolder=component, **options)
+            yield
     except Exception as error:  # the loaders raise many types; every one means that this folder cannot be used
         raise UserError(f"cannot load {component} ({class_name}) of {folder!r}: {error}") from error
+
+
+def _load_network(
+    folder: str, component: str, class_name: str, variant: str | None, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Return a network of the pipeline, frozen and in eval mode; on the meta device its config is all that is read."""
+    import diffusers
+
+    network_class = getattr(diffusers, class_name)
+    options = {} if variant is None or _lacks_variant(folder, component, variant) else {"variant": variant}
+    with _loading(folder, component, class_name):
+        if device.type == "meta":
+            network = on_meta(lambda: network_class.from_config(network_class.load_config(folder, subfolder=component)), dtype)
+        else:
+            network = network_class.from_pretrained(folder, subfolder=component, torch_dtype=dtype, **options).to(device)
+    return network.eval().requires_grad_(False)
 
 
 def _lacks_variant(folder: str, component: str, variant: str) -> bool:
@@ -254,7 +269,7 @@ def load_teacher(
     Args:
         path: folder, hub id ("owner/name"), or one of EMBEDDED.
         dtype: weights of the network and the text encoders; the autoencoder stays float32.
-        device: where everything is put.
+        device: where everything is put; on "meta" no weights are read, and everything has its shape alone (see `weightless`).
         variant: of the weight files, such as "fp16"; parts without it are loaded from their plain files.
         size: edge of the images in pixels; None for the size the network was made for.
         quantized: what the network's block weights are rounded to, see `quantize`; such a teacher carries adapters only.
@@ -270,14 +285,15 @@ def load_teacher(
     index = read_index(folder)
     component, class_name = _network_entry(index, folder)
     family, device = FAMILIES[class_name], torch.device(device)
-    network = _load_part(folder, component, class_name, variant, torch_dtype=dtype).to(device).eval().requires_grad_(False)
-    if quantized is not None:
+    network = _load_network(folder, component, class_name, variant, dtype, device)
+    if quantized is not None and device.type != "meta":
         quantize(network, family, quantized)
     scheduler_class = _scheduler_class(index, folder)
-    scheduler = _load_part(folder, "scheduler", scheduler_class)
+    with _loading(folder, "scheduler", scheduler_class):
+        scheduler = getattr(diffusers, scheduler_class).from_pretrained(folder, subfolder="scheduler")
     codec = Codec()
     if index.get("vae") and index["vae"][1]:
-        codec = Codec(_load_part(folder, "vae", index["vae"][1], variant).to(device).eval().requires_grad_(False))
+        codec = Codec(_load_network(folder, "vae", index["vae"][1], variant, torch.float32, device))
     shape = family.sample_shape(network)
     if size is not None:
         shape = (shape[0], *_state_size(family, network, codec, (size, size), folder))

@@ -309,3 +309,16 @@ def test_a_folder_of_plain_files_is_loaded_whatever_variant_a_recipe_asks_for() 
 def test_mistakes_are_named(call: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3", "flux", "sana", "sana-sprint"])
+def test_on_the_meta_device_prompts_have_their_shapes_without_any_weights(name):
+    shaped = load_teacher(folder(name), device="meta", size=SIZES.get(name, SIZE))
+    real, found = (each.condition(PROMPTS) for each in (teacher(name), shaped))
+    for values, shapes in ((real.values, found.values), (real.null, found.null)):
+        assert {key: (value.shape, value.dtype) for key, value in values.items()} == {
+            key: (value.shape, value.dtype) for key, value in shapes.items()
+        }
+        assert all(value.device.type == "meta" for value in shapes.values())
+    assert all(tensor.device.type == "meta" for tensor in shaped.network.parameters())
+    assert shaped.denoiser.sample_shape == teacher(name).denoiser.sample_shape
