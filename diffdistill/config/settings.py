@@ -167,6 +167,11 @@ class RolesConfig(_Frozen):
         description="shared layout: largest micro-batch for which distribution matching asks teacher and fake network as one batch, "
         "in place of two; faster for small ones (docs/one_batch.md), equal up to rounding; 0 for never",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="computes activations anew in the backward pass instead of keeping them: less memory, one more pass of what is "
+        "trained",
+    )
 
 
 def _named(name: str, config: type[MethodConfig]) -> type[MethodConfig]:

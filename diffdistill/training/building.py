@@ -51,7 +51,7 @@ def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:
     inputs = dict.fromkeys(name for need in needs for name in need.extra_inputs)
     head = _build_head(config.seed, teacher, {need.head for need in needs if need.head})
     adapters = next((need.guidance_adapters for need in needs if need.guidance_adapters is not None), None)
-    return build_roles(
+    roles = build_roles(
         teacher.denoiser,
         tuple(names),
         config.roles.layout,
@@ -61,6 +61,9 @@ def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:
         guidance_adapters=adapters,
         one_batch_up_to=config.roles.one_batch_up_to,
     )
+    if config.roles.activation_checkpointing:
+        roles.enable_activation_checkpointing()
+    return roles
 
 
 def _build_head(seed: int, teacher: Teacher, taps: set[str]) -> torch.nn.Module | None:
