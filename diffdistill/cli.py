@@ -81,16 +81,19 @@ def init(
 
 @app.command(sort_key=2)
 def check(config: Path, /, *overrides: str, json: Json = False) -> int:
-    """Check a run before it starts: settings, teacher, data, samplers, export, memory, and a few real steps.
+    """Check a run before it starts: settings, memory, teacher, data, samplers, export, and a few real steps.
 
     Args:
         config: YAML file of the run.
         overrides: a.b=c each, such as stages.0.steps=100.
     """
     from diffdistill.preflight import check as run
+    from diffdistill.preflight import memory_table
 
-    report = run(config, overrides)
-    _print_json(report.to_json()) if json else print(report.text())
+    if json:
+        _print_json(run(config, overrides).to_json())
+    else:
+        print(run(config, overrides, lambda plan: print(memory_table(plan) + "\n", flush=True)).text())
     return 0
 
 

@@ -1,23 +1,28 @@
-"""`diffdistill check`: what a run will do and need, found by running a few real steps of it in a folder that is thrown away."""
+"""`diffdistill check`: what a run will do and need: its memory planned before anything is loaded, then a few real steps.
+
+The steps run in a folder that is thrown away.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from diffdistill.config import CheckpointConfig, LoggingConfig, RunConfig, load_config, parse_config
 from diffdistill.errors import UserError
-from diffdistill.export import plan
+from diffdistill.export import plan as export_plan
 from diffdistill.listing import columns
-from diffdistill.memory import MemoryRow, memory_plan, total
+from diffdistill.memory import NAMES, MemoryPlan, MemoryRow, readable
 from diffdistill.training.loading import LoadedRun, load_run
+from diffdistill.training.planning import plan_memory
 from diffdistill.training.run import train
 
 TRIED_STEPS = 6  # of each stage; the first pays for allocation and is not timed
@@ -60,38 +65,56 @@ class StageRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found; there is one only where the run can start."""
+    """What `check` found; there is one only where the run can start.
+
+    Attributes:
+        memory: the plan.
+        measured_bytes: the peak of the steps that were run, on a GPU; None on a CPU, which does not count it.
+    """
 
     teacher: dict[str, Any]
     data: dict[str, Any]
     stages: list[StageRow]
     samplers: list[SamplerRow]
-    memory: list[MemoryRow]
+    memory: MemoryPlan
+    measured_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self)
+        peak = self.memory.peak
+        return asdict(self) | {"memory": asdict(self.memory) | {"peak": asdict(peak), "peak_bytes": peak.bytes}}
 
     def text(self) -> str:
-        """Return the report for a terminal."""
+        """Return the report for a terminal, with the memory plan in one line; `memory_table` is the whole."""
+        planned = self.memory.peak.bytes
         parts = {
             "teacher": columns([self.teacher]),
             "data": columns([self.data]),
             f"stages (time of a step measured over {TRIED_STEPS - 1})": columns([asdict(row) for row in self.stages]),
             "student's sampler": columns([_shown(row) for row in self.samplers]),
-            "memory by role, without activations": columns([_sizes(row) for row in [*self.memory, total(self.memory)]]),
+            "memory": f"planned {readable(planned)}"
+            + (
+                ""
+                if self.measured_bytes is None
+                else f", measured {readable(self.measured_bytes)} ({planned / self.measured_bytes:.2f} of it planned)"
+            ),
         }
         return "\n\n".join(f"{title}\n{body}" for title, body in parts.items())
 
 
-def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> CheckReport:
-    """Check everything a run needs: settings, teacher, data, samplers, export, memory, and a few real steps.
+def check(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+) -> CheckReport:
+    """Check everything a run needs: settings, memory, teacher, data, samplers, export, and a few real steps.
 
     The steps run in a temporary folder, which is removed; the run's own folder is only looked at.
 
     Args:
         config: as for `distill`.
         overrides: for a file, "a.b=c" each.
+        on_plan: told the memory plan before any weight is read.
     Raises:
         UserError: the run could not start, would fail, or its student could not be exported; says why.
     """
@@ -100,12 +123,18 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     elif not isinstance(config, RunConfig):
         config = parse_config(config)
     _check_protocol(config)
+    on_gpu = torch.cuda.is_available()
+    plan = plan_memory(config, "cuda" if on_gpu else "cpu")
+    on_plan(plan)
     with tempfile.TemporaryDirectory(prefix="diffdistill-check-") as folder:
         trial = _trial(config, Path(folder) / "run")
         result = train(trial, progress=False)
+        measured = torch.cuda.max_memory_allocated() if on_gpu else None
         run = load_run(result.folder)
         seconds = _seconds(result.folder / "metrics.jsonl", len(config.stages))
-    return CheckReport(_teacher(run), _data(config), _stages(config, seconds), _samplers(config, run), _memory(config, run))
+    return CheckReport(
+        _teacher(run), _data(config), _stages(config, seconds), _samplers(config, run), plan, measured_bytes=measured
+    )
 
 
 def _check_protocol(config: RunConfig) -> None:
@@ -212,7 +241,8 @@ def _samplers(config: RunConfig, run: LoadedRun) -> list[SamplerRow]:
             rows.append(SamplerRow(steps, steps, "", [], None, str(error), steps == wanted))
             continue
         try:
-            scheduler, refused = plan(run.teacher, sampler, student=run.roles["student"]).scheduler["_class_name"], ""
+            found = export_plan(run.teacher, sampler, student=run.roles["student"])
+            scheduler, refused = found.scheduler["_class_name"], ""
         except UserError as error:
             scheduler, refused = None, str(error)
         rows.append(
@@ -235,11 +265,6 @@ def _samplers(config: RunConfig, run: LoadedRun) -> list[SamplerRow]:
     return rows
 
 
-def _memory(config: RunConfig, run: LoadedRun) -> list[MemoryRow]:
-    settings = {role: stage.optimizer(role) for stage in config.stages for role in stage.trained}
-    return memory_plan(run.roles, settings, averaged=config.ema is not None)
-
-
 # Showing
 
 
@@ -254,12 +279,14 @@ def _shown(row: SamplerRow) -> dict[str, Any]:
     }
 
 
+def memory_table(plan: MemoryPlan) -> str:
+    """Return the plan for a terminal: a row per role, and the peak."""
+    stage = f"stage {plan.stage + 1}, its turn of {plan.heaviest.name}"
+    return f"memory of a step at its peak ({stage})\n" + columns([_sizes(row) for row in (*plan.rows, plan.peak)])
+
+
 def _sizes(row: MemoryRow) -> dict[str, Any]:
     shown = {"role": row.role, "parameters": f"{row.parameters:,}", "trained": f"{row.trained:,}"}
-    kinds = ("weights", "gradient", "optimizer")
-    amounts = [getattr(row, f"{kind}_bytes") for kind in kinds]
-    return shown | {kind: _mib(amount) for kind, amount in zip(kinds, amounts, strict=True)} | {"sum": _mib(sum(amounts))}
-
-
-def _mib(amount: int) -> str:
-    return f"{amount / 2**20:,.1f} MiB" if amount < 2**30 else f"{amount / 2**30:,.2f} GiB"
+    return (
+        shown | {title: readable(getattr(row, f"{part}_bytes")) for part, title in NAMES.items()} | {"sum": readable(row.bytes)}
+    )

@@ -337,7 +337,7 @@ def test_init_writes_a_config_that_check_takes(here, capsys):
     report = json.loads(capsys.readouterr().out.partition("\n")[2])
     assert [row["method"] for row in report["stages"]] == ["progressive"] * 3
     assert all(row["ms_per_step"] > 0 for row in report["stages"])
-    assert {row["role"] for row in report["memory"]} >= {"teacher", "student", "source"}
+    assert {row["role"] for row in report["memory"]["rows"]} >= {"teacher", "student", "source"}
     assert [row["scheduler"] for row in report["samplers"] if row["trained"]] == ["DDIMScheduler"]
     assert sorted(path.name for path in here.iterdir()) == ["a.yaml"], "check leaves nothing behind"
 
@@ -345,12 +345,30 @@ def test_init_writes_a_config_that_check_takes(here, capsys):
 def test_memory_plan_counts_bytes(here, capsys):
     (here / "run.yaml").write_text(CONFIG.replace("progressive, student_steps: 2", "dmd2"))
     assert cli.main(["check", "run.yaml", "roles={layout: shared, lora: {rank: 2}}", "ema=null", "--json"]) == 0
-    rows = {row["role"]: row for row in json.loads(capsys.readouterr().out)["memory"]}
+    plan = json.loads(capsys.readouterr().out)["memory"]
+    rows = {row["role"]: row for row in plan["rows"]}
     assert set(rows) == {"teacher", "student", "fake"}
     student, teacher = rows["student"], rows["teacher"]
-    assert teacher["trained"] == 0 and teacher["weights_bytes"] == 4 * teacher["parameters"] and teacher["gradient_bytes"] == 0
-    assert student == {**rows["fake"], "role": "student"} and 0 < student["parameters"] < teacher["parameters"] / 4
+    assert teacher["trained"] == 0 and teacher["weights_bytes"] >= 4 * teacher["parameters"] and teacher["gradient_bytes"] == 0
+    same = {"role": "student", "activation_bytes": student["activation_bytes"]}
+    assert student == rows["fake"] | same and 0 < student["parameters"] < teacher["parameters"] / 4
+    assert (student["weights_bytes"], student["adapter_bytes"]) == (0, 4 * student["trained"])
     assert (student["gradient_bytes"], student["optimizer_bytes"]) == (4 * student["trained"], 8 * student["trained"])
+    assert plan["peak_bytes"] > teacher["weights_bytes"] + student["activation_bytes"] > teacher["weights_bytes"]
+
+
+def test_check_prints_the_memory_plan_before_any_weight_is_read(here, capsys, monkeypatch):
+    from diffusers import UNet2DModel
+
+    def read(*arguments, **options):
+        printed.append(capsys.readouterr().out)
+        raise OSError("stopped here")
+
+    printed: list[str] = []
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", read)
+    (here / "run.yaml").write_text(CONFIG)
+    assert cli.main(["check", "run.yaml"]) == 2
+    assert "memory of a step at its peak" in printed[0] and "activations" in printed[0]
 
 
 def test_a_student_that_stock_diffusers_cannot_carry_is_refused_by_check(here, refused, monkeypatch):

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": SAMPLING,
     "training.optimizers": BASE,
     "config": DISTILLERS | READING | {"training.optimizers"},
-    "training": ENGINE,
+    "training": ENGINE | {"memory"},
     "recipes": BASE,
     "listing": SURFACE,
     "doctor": SURFACE,

@@ -1,11 +1,11 @@
-"""The memory plan: counted by hand on a small network, and the same on the meta device."""
+"""What is kept in memory: counted by hand on a small network, the same on the meta device; and what is alive, byte by byte."""
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from diffdistill.math.schedules import VPSchedule
-from diffdistill.memory import memory_plan, total
+from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, total
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.network import NetworkDenoiser
@@ -32,7 +32,7 @@ def unet(dtype=torch.float32):
 def plan(network, layout, lora, **settings):
     denoiser = NetworkDenoiser(network, FAMILIES["UNet2DConditionModel"], SCHEDULE, "epsilon", (4, 8, 8))
     optimizers = {role: OptimizerConfig(**settings) for role in ROLES}
-    return memory_plan(build_roles(denoiser, ROLES, layout, lora), optimizers, averaged=True)
+    return memory_rows(build_roles(denoiser, ROLES, layout, lora), optimizers, averaged=True)
 
 
 def test_copies_hold_three_networks_and_two_optimisers():
@@ -45,6 +45,13 @@ def test_copies_hold_three_networks_and_two_optimisers():
     assert total(list(rows.values())).bytes == (4 + 2 + 4) * size
 
 
+def test_an_average_of_half_precision_weights_is_kept_in_float32():
+    network = unet(torch.bfloat16)
+    rows = {row.role: row for row in plan(network, "copies", None)}
+    assert rows["student"].weights_bytes == 2 * rows["student"].parameters
+    assert rows["average of student"].weights_bytes == 4 * rows["student"].parameters
+
+
 def test_the_shared_layout_holds_one_network_and_adapters_in_float32():
     network = unet(torch.bfloat16)
     linears = [m for name, m in network.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
@@ -52,9 +59,15 @@ def test_the_shared_layout_holds_one_network_and_adapters_in_float32():
     base = 2 * sum(parameter.numel() for parameter in network.parameters())
     rows = {row.role: row for row in plan(network, "shared", LoraSpec(rank=3, targets="attention"))}
     assert rows["teacher"].weights_bytes == base and rows["teacher"].trained == 0
-    assert [rows[name].weights_bytes for name in ROLES] == [adapter] * 2
+    assert [(rows[name].weights_bytes, rows[name].adapter_bytes) for name in ROLES] == [(0, adapter)] * 2
     assert [rows[name].bytes for name in ROLES] == [4 * adapter] * 2
-    assert rows["average of student"].bytes == adapter
+    assert rows["average of student"].bytes == rows["average of student"].adapter_bytes == adapter
+
+
+def test_copies_with_adapters_hold_their_own_base_beside_them():
+    rows = {row.role: row for row in plan(unet(torch.bfloat16), "copies", LoraSpec(rank=3, targets="attention"))}
+    assert rows["student"].weights_bytes == rows["teacher"].weights_bytes > 0
+    assert rows["student"].gradient_bytes == rows["student"].adapter_bytes == 4 * rows["student"].trained
 
 
 @pytest.mark.parametrize(("settings", "moments"), [({"name": "sgd", "betas": (0.0, 0.9)}, 0), ({"name": "sgd"}, 1), ({}, 2)])
@@ -68,3 +81,41 @@ def test_a_plan_needs_no_weights(layout, lora):
     with torch.device("meta"):
         planned = plan(unet(), layout, lora)
     assert planned == plan(unet(), layout, lora)
+
+
+def test_the_peak_has_one_turn_at_a_time_and_all_that_is_kept():
+    rows = (
+        MemoryRow("teacher", 1, 0, weights_bytes=1000),
+        MemoryRow("student", 1, 1, 0, adapter_bytes=100, gradient_bytes=100, optimizer_bytes=200, activation_bytes=30),
+        MemoryRow("fake", 1, 1, 0, adapter_bytes=10, gradient_bytes=10, optimizer_bytes=20, activation_bytes=110),
+    )
+    turns = (TurnMemory("student", ("student",), 100, 30), TurnMemory("fake", ("fake",), 10, 110))
+    peak = MemoryPlan(0, rows, turns).peak
+    assert (peak.weights_bytes, peak.adapter_bytes, peak.optimizer_bytes) == (1000, 110, 220)
+    assert (peak.gradient_bytes, peak.activation_bytes, peak.bytes) == (100, 30, 1000 + 110 + 220 + 130)
+
+
+def test_live_bytes_follow_each_storage_from_its_making_to_its_end():
+    outside = torch.ones(1000)
+    with LiveBytes() as live:
+        a = outside * 2  # 4000 bytes
+        view = a[10:].reshape(-1)
+        outside.add_(1)
+        assert live.now == 4000
+        b = a.double()  # 8000
+        assert live.now == 12_000
+        del a
+        assert live.now == 12_000, "the view keeps the storage"
+        del view, b
+        assert live.now == 0
+    assert live.peak == 12_000
+
+
+def test_live_bytes_count_what_autograd_keeps():
+    x = torch.ones(250, requires_grad=True)
+    with LiveBytes() as live:
+        y = x.exp().exp()  # each result is kept for the backward pass
+        assert live.now == 2000
+        y.sum().backward()
+        del y
+        assert live.now == 1000, "x.grad"

@@ -59,6 +59,7 @@ class Roles:
         layout: "copies" or "shared".
         lora: the adapters' specification, None where whole networks are trained.
         head: the discriminator head, or None.
+        adapted: whether adapters are trained, LoRA or guidance adapters, rather than whole networks.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Roles:
         layout: Layout,
         lora: LoraSpec | None,
         head: nn.Module | None,
+        adapted: bool,
     ) -> None:
-        self.teacher, self.layout, self.lora, self.head = teacher, layout, lora, head
+        self.teacher, self.layout, self.lora, self.head, self.adapted = teacher, layout, lora, head, adapted
         self._denoisers = dict(denoisers)
         self._trained = {name: dict(parameters) for name, parameters in trained.items()}
 
@@ -179,6 +181,12 @@ class Roles:
 
     # --- memory -------------------------------------------------------------------------------------------------------------
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The network behind "teacher" and each role, the discriminator under "head"; an oracle has none. One may be shared."""
+        seen = {"teacher": network_of(self.teacher)} | {name: network_of(self[name]) for name in self.names}
+        return {name: network for name, network in (seen | {HEAD: self.head}).items() if network is not None}
+
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of storing them, in every network that can.
 
@@ -187,8 +195,7 @@ class Roles:
         Raises:
             UserError: no network of these roles supports it.
         """
-        denoisers = [self.teacher, *self._denoisers.values()]
-        networks = {id(network): network for network in map(network_of, denoisers) if network is not None}
+        networks = {id(network): network for network in self.networks.values()}
         able = [network for network in networks.values() if getattr(network, "_supports_gradient_checkpointing", False)]
         if not able:
             raise UserError(
@@ -295,7 +302,7 @@ def build_roles(
     _freeze(teacher)
     if head is not None:
         trained[HEAD] = dict(head.named_parameters())
-    roles = Roles(teacher, denoisers, trained, layout, lora, head)
+    roles = Roles(teacher, denoisers, trained, layout, lora, head, lora is not None or guidance_adapters is not None)
     roles.train_only(tuple(trained))
     return roles
 

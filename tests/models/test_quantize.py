@@ -11,12 +11,12 @@ from text_pipelines import save
 from torch import nn
 
 from diffdistill.errors import UserError
-from diffdistill.memory import memory_plan
+from diffdistill.memory import memory_rows
 from diffdistill.models import quantize as module
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import load_teacher
-from diffdistill.models.quantize import block_linears, is_quantized, num_values, quantize, stored_bytes
+from diffdistill.models.quantize import block_linears, is_quantized, num_values, quantize, rounding_saves, stored_bytes
 from diffdistill.models.roles import build_roles
 from diffdistill.models.together import predict_both
 from diffdistill.training.optimizers import OptimizerConfig
@@ -88,10 +88,12 @@ def test_bytes_are_counted_of_codes_and_scales(place):
     assert sum(map(num_values, rounded.network.parameters())) == whole // 4
     roles = build_roles(rounded.denoiser, ("student", "fake"), "shared", LORA)
     rows = {
-        row.role: row for row in memory_plan(roles, {"student": OptimizerConfig(), "fake": OptimizerConfig()}, averaged=False)
+        row.role: row for row in memory_rows(roles, {"student": OptimizerConfig(), "fake": OptimizerConfig()}, averaged=False)
     }
-    assert rows["teacher"].weights_bytes == whole - saved and rows["teacher"].parameters == whole // 4
-    assert rows["student"].weights_bytes == sum(4 * parameter.numel() for parameter in roles.parameters("student"))
+    buffers = sum(map(stored_bytes, plain.network.buffers()))
+    assert rows["teacher"].weights_bytes == whole - saved + buffers and rows["teacher"].parameters == whole // 4
+    assert rounding_saves(plain.network, plain.family, "int8") == saved
+    assert rows["student"].adapter_bytes == sum(4 * parameter.numel() for parameter in roles.parameters("student"))
 
 
 @needs_torchao

@@ -1,0 +1,195 @@
+"""What a run will keep in memory, found before anything is loaded: its steps are taken by networks without weights.
+
+Weights, adapters, gradients and optimiser are counted on the meta device; activations are the most bytes alive while the loss of a
+turn and its backward pass run on fake tensors of the CPU (see `models.weightless`). Everything else of the step is real: method,
+micro-batch, random draws, autocast. For a GPU the operations that its autocast runs in float32 do so here, too.
+
+Not in a plan: the text encoders and, on a GPU, the autoencoder, which leave before the first step; images decoded for samples and
+evaluations; and what kernels and the allocator keep for themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from diffdistill.config import RunConfig, StageConfig
+from diffdistill.distillers.base import Batch, Distiller, PairBatch, Rng, TrajectoryBatch, Turn
+from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, nbytes, network_row
+from diffdistill.models.condition import Condition
+from diffdistill.models.loading import Teacher
+from diffdistill.models.quantize import rounding_saves
+from diffdistill.models.roles import Roles
+from diffdistill.models.weightless import as_fakes
+from diffdistill.training.building import build_distiller, build_run_roles, open_teacher
+from diffdistill.training.data_feed import micro_batch_size
+
+
+def plan_memory(
+    config: RunConfig, device_type: str, teacher: Teacher | None = None, activations: Mapping[str, int] | None = None
+) -> MemoryPlan:
+    """Return the plan of the stage that needs most, for one process.
+
+    Args:
+        config: of the run.
+        device_type: of the device that it will run on, "cpu" or "cuda"; none is touched.
+        teacher: on the meta device, changed in place; None to open the config's.
+        activations: bytes by turn, where they are known; None to find them, which takes a step of every stage.
+    """
+    teacher = open_teacher(config, "meta") if teacher is None else teacher
+    saved = 0 if teacher.quantized is None else rounding_saves(teacher.network, teacher.family, teacher.quantized)
+    with torch.device("meta"):
+        roles = build_run_roles(config, teacher)
+    if activations is None:
+        fakes = as_fakes(roles, roles.networks.values())
+        by_stage = [_activations(config, stage, device_type, teacher, fakes) for stage in config.stages]
+    else:
+        by_stage = [dict(activations)] * len(config.stages)
+    plans = []
+    for index, (stage, found) in enumerate(zip(config.stages, by_stage, strict=True)):
+        rows = _kept(config, stage, device_type, teacher, roles, saved)
+        plans.append(_stage_plan(index, stage, rows, roles, found))
+    return max(plans, key=lambda plan: plan.peak.bytes)
+
+
+def _kept(
+    config: RunConfig, stage: StageConfig, device_type: str, teacher: Teacher, roles: Roles, saved: int
+) -> list[MemoryRow]:
+    """Return the rows of a stage without activations; `saved`: bytes that rounding takes off the teacher."""
+    optimizers = {role: stage.optimizer(role) for role in stage.trained}
+    base, *rows = memory_rows(roles, optimizers, averaged=config.ema is not None)
+    if teacher.codec.vae is not None and device_type == "cpu":  # on a GPU it is put aside
+        rows.append(network_row("autoencoder", teacher.codec.vae))
+    return [replace(base, weights_bytes=base.weights_bytes - saved), *rows]
+
+
+def _stage_plan(
+    index: int, stage: StageConfig, rows: list[MemoryRow], roles: Roles, activations: Mapping[str, int]
+) -> MemoryPlan:
+    """Put together what is kept and what the turns of the stage add."""
+    gradients = {row.role: row.gradient_bytes for row in rows}
+    _, due = _busiest_step(stage, build_distiller(stage, roles))
+    turns = tuple(
+        TurnMemory(turn.name, turn.trains, sum(gradients[role] for role in turn.trains), activations[turn.name]) for turn in due
+    )
+    own = {turn.trains[0]: turn.activation_bytes for turn in turns}
+    return MemoryPlan(index, tuple(replace(row, activation_bytes=own.get(row.role, 0)) for row in rows), turns)
+
+
+def _busiest_step(stage: StageConfig, distiller: Distiller) -> tuple[int, tuple[Turn, ...]]:
+    """Return the first step of the stage with the most turns, and these."""
+    step = max(range(stage.steps), key=lambda step: len(distiller.turns(step)))
+    return step, distiller.turns(step)
+
+
+# Activations
+
+
+def _activations(config: RunConfig, stage: StageConfig, device_type: str, teacher: Teacher, roles: Roles) -> dict[str, int]:
+    """Return turn -> bytes of activations, of roles without weights."""
+    size = micro_batch_size(config.batch_size, config.micro_batch_size, num_processes=1)
+    accumulates = config.batch_size > size
+    distiller = build_distiller(stage, roles)
+    step, turns = _busiest_step(stage, distiller)
+    batch = _batch(stage, teacher, size)
+    loaded = config.batch_size // size * nbytes(_tensors(batch))  # the whole step's lies on the device from its beginning
+    found = {}
+    for turn in turns:
+        roles.train_only(turn.trains)
+        trained = [parameter for role in turn.trains for parameter in roles.parameters(role)]
+        for parameter in trained:  # from the second micro-batch on, the gradients of the first are there
+            parameter.grad = torch.zeros_like(parameter) if accumulates else None
+        with LiveBytes() as live:
+            with _autocast(config.precision, device_type):
+                loss = distiller.loss(turn, batch, _rng(), step)
+            loss.total.backward()
+        found[turn.name] = loaded + live.peak - (0 if accumulates else nbytes(trained))
+        batch = replace(batch, carry={**batch.carry, **loss.carry})
+        for parameter in trained:
+            parameter.grad = None
+    return found
+
+
+def _batch(stage: StageConfig, teacher: Teacher, size: int) -> Batch:
+    """Return a micro-batch of zeros, of the shapes that `DataFeed` gives it."""
+    needs, shape = stage.needs, (size, *teacher.denoiser.sample_shape)
+    asked = teacher.condition(teacher.examples(1), 1)
+    values = {name: torch.zeros(size, *value.shape[1:], dtype=value.dtype) for name, value in asked.values.items()}
+    null = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in asked.null.items()}
+    cond = Condition(size, values, null)
+    times = torch.ones(size, dtype=torch.float64)
+    return Batch(
+        cond,
+        torch.zeros(shape) if needs.data == "images" else None,
+        PairBatch(torch.zeros(shape), torch.zeros(shape), cond) if needs.pairs else None,
+        trajectories=None
+        if needs.trajectories is None
+        else TrajectoryBatch(torch.zeros(shape), times, times, torch.zeros(shape), cond),
+    )
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    stored = [part for part in (batch.pairs, batch.trajectories) if part is not None]
+    states = [value for part in (batch, *stored) for value in vars(part).values() if isinstance(value, Tensor)]
+    return [*states, *batch.cond.values.values()]
+
+
+def _rng() -> Rng:
+    return Rng(torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
+
+
+# Autocast of another device
+
+# Of torch.amp's list of operations that run in float32 on CUDA, those that networks use; on a CPU they keep the type of their input.
+_FLOAT32_ON_CUDA = frozenset(
+    {
+        functional.layer_norm,
+        functional.group_norm,
+        functional.softmax,
+        torch.softmax,
+        Tensor.softmax,
+        torch.exp,
+        torch.pow,
+        Tensor.pow,
+        torch.rsqrt,
+        torch.sum,
+        Tensor.sum,
+    }
+)
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Runs in float32 what autocast runs in float32 on a GPU but not on a CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function, of the list on widened tensors."""
+        kwargs = kwargs or {}
+        if func in _FLOAT32_ON_CUDA:
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+@contextlib.contextmanager
+def _autocast(precision: str, device_type: str) -> Iterator[None]:
+    """Compute as the engine does at a precision on a kind of device."""
+    if precision == "fp32":
+        yield
+        return
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    rules = _CudaAutocast() if device_type == "cuda" else contextlib.nullcontext()
+    with torch.autocast("cpu", dtype, cache_enabled=False), rules:
+        yield

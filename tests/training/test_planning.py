@@ -1,0 +1,95 @@
+"""The plan of a run's memory against what the allocator handed out while the real run took a step."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_text_runs import config, place, text_pipelines  # noqa: F401 (a fixture)
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from diffdistill.config import RunConfig
+from diffdistill.models.loading import load_teacher
+from diffdistill.training.building import open_stage, open_teacher
+from diffdistill.training.planning import _autocast, plan_memory
+
+DMD2 = {"name": "dmd2", "student_steps": 2, "guidance": 3.0, "student_every": 1}
+COPIES = {"layout": "copies"}
+SHARED = {"layout": "shared", "lora": {"rank": 2, "targets": "attention"}}
+CHECKPOINTING = {"activation_checkpointing": True}
+HALF = {"teacher_options": {"size": 32, "dtype": "bf16"}, "precision": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def pipelines(place: Path) -> Path:  # noqa: F811
+    text_pipelines.save("pixart", place)
+    return place
+
+
+def run(pipelines: Path, name: str, roles: dict, **changes) -> RunConfig:
+    """Return DMD2 on images of 32 pixels."""
+    values = {"teacher": str(pipelines / name), "teacher_options": {"size": 32}, "roles": roles, "batch_size": 16, "ema": None}
+    return config(pipelines, "planned", DMD2, **(values | changes))
+
+
+def measured_peak(run: RunConfig, folder: Path) -> int:
+    """Return the most bytes that torch's allocator had handed out at once in the second step, from before the teacher was loaded."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        _, engine = open_stage(run, open_teacher(run, "cpu"))
+        engine.step(0)
+        gc.collect()  # what encoding the prompts left behind is no part of a step
+        with record_function("second step"):
+            engine.step(1)
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    step = next(event for event in events if event.get("name") == "second step")
+    totals = [(event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"]
+    totals.sort(key=lambda entry: entry[0])
+    first = totals[0][1]
+    before = first["Total Allocated"] - first["Bytes"]  # the profiler counts on from its last use
+    return max(counts["Total Allocated"] for time, counts in totals if 0 <= time - step["ts"] <= step["dur"]) - before
+
+
+@pytest.mark.parametrize(
+    ("name", "roles", "changes"),
+    [
+        ("sd", SHARED, {}),
+        ("sd", COPIES | CHECKPOINTING, {}),
+        ("pixart", SHARED | CHECKPOINTING, {"batch_size": 64}),
+        ("pixart", COPIES, {"batch_size": 64, "micro_batch_size": 32, **HALF}),
+    ],
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(pipelines, tmp_path, name, roles, changes):
+    settings = run(pipelines, name, roles, **changes)
+    planned, measured = plan_memory(settings, "cpu").peak.bytes, measured_peak(settings, tmp_path)
+    assert planned == pytest.approx(measured, rel=0.15), planned / measured
+
+
+def test_activation_checkpointing_keeps_fewer(pipelines):
+    plain, checkpointed = (plan_memory(run(pipelines, "pixart", SHARED | more), "cpu") for more in ({}, CHECKPOINTING))
+    assert checkpointed.peak.activation_bytes < 0.8 * plain.peak.activation_bytes
+    assert [row.kept_bytes for row in checkpointed.rows] == [row.kept_bytes for row in plain.rows]
+
+
+def test_activations_are_those_of_the_micro_batch(pipelines):
+    whole, half = (plan_memory(run(pipelines, "pixart", SHARED, micro_batch_size=size), "cpu") for size in (16, 8))
+    assert [row.kept_bytes for row in whole.rows] == [row.kept_bytes for row in half.rows]
+    assert half.peak.activation_bytes == pytest.approx(whole.peak.activation_bytes / 2, rel=0.1)
+
+
+def test_the_autoencoder_has_a_row(pipelines):
+    rows = {row.role: row for row in plan_memory(run(pipelines, "pixart", SHARED), "cpu").rows}
+    vae = load_teacher(pipelines / "pixart").codec.vae
+    assert rows["autoencoder"].weights_bytes == sum(4 * tensor.numel() for tensor in (*vae.parameters(), *vae.buffers()))
+
+
+@pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_norms_are_float32_under_the_autocast_of_a_gpu_alone(device_type, dtype):
+    x = torch.ones(2, 4, 4, 4, dtype=torch.bfloat16)
+    with _autocast("bf16", device_type):
+        assert torch.nn.GroupNorm(2, 4).bfloat16()(x).dtype == dtype
+        assert torch.nn.LayerNorm(4).bfloat16()(x).dtype == dtype
+        assert torch.nn.Linear(4, 4)(x.float()).dtype == torch.bfloat16
