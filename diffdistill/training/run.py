@@ -31,6 +31,7 @@ from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder, config_hash
 from diffdistill.training.loading import load_roles, stored_roles
 from diffdistill.training.optimizers import learning_rate
+from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress
 from diffdistill.training.stopping import Diverged, Stopped, StopSignals
@@ -88,7 +89,14 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
             folder.check(config, resume)
         signals = stack.enter_context(StopSignals())
         stack.enter_context(torch.random.fork_rng(devices))  # the engine seeds the global generators
-        return _Run(config, folder, accelerator, signals, progress and accelerator.is_main_process).train(resume)
+        run = _Run(config, folder, accelerator, signals, progress and accelerator.is_main_process)
+        try:
+            return run.train(resume)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            run.say("out of memory; finding out which settings would help")
+            raise out_of_memory(config, accelerator.device.type, run.standing) from error
 
 
 class _Run:
@@ -113,6 +121,8 @@ class _Run:
             return RunResult(self.folder.path, found.path, found.step, self.skipped_before, found.state["metrics"])
         self._build()  # refuses what cannot work while the folder is still empty
         self._begin()
+        if not self.on_cpu:
+            torch.cuda.reset_peak_memory_stats()  # what is reported is the peak of the steps, not of encoding the data
         try:
             first = 0 if found is None else found.state["stage"]
             for stage in range(first, len(self.config.stages)):
@@ -132,14 +142,14 @@ class _Run:
             if self.is_main:
                 warnings.warn(note, stacklevel=2)
         if found is None:
-            self._say(f"no checkpoint in {self.folder.checkpoints} yet; starting at step 0.")
+            self.say(f"no checkpoint in {self.folder.checkpoints} yet; starting at step 0.")
             return None
         self._refuse_other_run(found)
         self.done, self.saved, self.skipped_before = found.step, found.path, found.state["skipped_before"]
         if found.state["stage"] == len(self.config.stages):
-            self._say(f"{self.folder.path} is finished: {found.step} steps, {found.path}.")
+            self.say(f"{self.folder.path} is finished: {found.step} steps, {found.path}.")
         else:
-            self._say(f"going on from {found.path}, step {found.step} of {self.config.total_steps}.")
+            self.say(f"going on from {found.path}, step {found.step} of {self.config.total_steps}.")
         return found
 
     def _refuse_other_run(self, found: Checkpoint) -> None:
@@ -302,8 +312,7 @@ class _Run:
         try:
             return engine.guard.check()
         except Diverged as error:
-            kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint had been written yet"
-            raise Diverged(f"{error} This was step {self.done}; {kept}.") from None
+            raise Diverged(f"{error} {self.standing}") from None
 
     def _log(self, stage: StageConfig, engine: Engine, step: int, skipped: int) -> None:
         means = engine.meter.read()
@@ -363,7 +372,14 @@ class _Run:
         checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
         self.progress.pause()
 
-    def _say(self, text: str) -> None:
+    @property
+    def standing(self) -> str:
+        """How far the run came and what is kept of it, as a sentence."""
+        kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint had been written yet"
+        return f"This was step {self.done}; {kept}."
+
+    def say(self, text: str) -> None:
+        """Print a line, in the main process alone."""
         if self.show:
             print(text, flush=True)
 
