@@ -97,6 +97,13 @@ def test_bytes_are_counted_of_codes_and_scales(place):
 
 
 @needs_torchao
+def test_a_rounded_teacher_has_a_fingerprint_of_its_own(place):
+    """A run does not resume on, and stored pairs are not taken from, a teacher rounded in another way."""
+    whole, rounded, again = (load("sd3", place, kind).fingerprints()["transformer"] for kind in (None, "int8", "int8"))
+    assert rounded == again != whole
+
+
+@needs_torchao
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_gradients_on_rounded_weights_are_those_on_the_same_weights_in_full(name, place):
     """Through the whole network, to the adapter and to the input: the codes are constants like any other frozen weight."""
