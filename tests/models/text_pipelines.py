@@ -27,9 +27,9 @@ def clip_tokenizer(folder: Path) -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """Return a T5Tokenizer whose words are single letters; PixArt's prompts are encoded at its length, and stock pads them to 120."""
+    """Return a T5Tokenizer whose words are single letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
-    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=32)
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
 def gemma_tokenizer() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -39,10 +38,8 @@ class PixArt(Family):
         return raw[:, : x.shape[1]]
 
     def encode(self, pipeline: Any, prompts: list[str]) -> tuple[Values, Values]:
-        """Return T5's states and mask; the stock pipeline pads on to 120 or 300 tokens, which attention never sees."""
-        usual = inspect.signature(pipeline.encode_prompt).parameters["max_sequence_length"].default
-        longest = min(usual, pipeline.tokenizer.model_max_length)
-        states, mask, null, null_mask = pipeline.encode_prompt(prompts, device=pipeline.device, max_sequence_length=longest)
+        """Return T5's states and mask."""
+        states, mask, null, null_mask = pipeline.encode_prompt(prompts, device=pipeline.device)
         values = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         return values, {"encoder_hidden_states": null, "encoder_attention_mask": null_mask}
 

@@ -146,8 +146,14 @@ class _Model(NamedTuple):
         return Trainable(self.denoiser.network, self.pipeline.text_encoder)
 
     def condition(self, captions: list[str]) -> Condition:
-        """Return the condition of B captions as the stock pipeline encodes them, with gradients where they are on."""
+        """Return the condition of B captions as the stock pipeline encodes them, with gradients where they are on.
+
+        Without the padding behind the longest caption, which is masked: PixArt's pipeline pads to 120 tokens.
+        """
         values, null = self.denoiser.family.encode(self.pipeline, captions)
+        if (mask := values.get("encoder_attention_mask")) is not None:
+            longest = int(mask.sum(1).max())
+            values, null = ({name: value[:, :longest] for name, value in part.items()} for part in (values, null))
         return Condition(len(captions), values, {name: value[:1] for name, value in null.items()})
 
 
