@@ -66,7 +66,7 @@ class RunFolder:
             )
 
     def check_teacher(self, fingerprints: Mapping[str, str]) -> None:
-        """Refuse to go on with another teacher than the one the run was started with. Reads only.
+        """Refuse another teacher than the one the run was started with. Reads only.
 
         Args:
             fingerprints: of the parts of the teacher that the config names now, see `Teacher.fingerprints`.

@@ -59,7 +59,7 @@ def load_run(
         ema: whether the student gets its averaged weights, where the run keeps an average.
         device: None for the GPU where there is one.
     Raises:
-        UserError: no run or no such checkpoint there, or a damaged one.
+        UserError: no run or no such checkpoint there, a damaged one, or another teacher than the run's under its path.
     """
     files = RunFolder(Path(folder))
     if not files.config.is_file():
@@ -67,6 +67,7 @@ def load_run(
     config = load_config(files.config)
     found = _find(files, checkpoint)
     teacher = open_teacher(config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    files.check_teacher(teacher.fingerprints())
     roles = build_run_roles(config, teacher)
     load_roles(roles, found)
     stage = config.stages[_stage_of(found)]

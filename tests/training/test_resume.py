@@ -286,6 +286,8 @@ def test_a_teacher_replaced_under_its_path_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         train(config, resume=True, progress=False)
     assert f"  unet: {before['unet'][:12]} -> {after['unet'][:12]}\n" in str(caught.value)
+    with pytest.raises(UserError, match="the teacher is not the one"):
+        load_run(tmp_path / "run")
     assert "scheduler" not in str(caught.value) and before["scheduler"] == after["scheduler"]
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == 2  # nothing was trained
 
