@@ -6,10 +6,9 @@ layout the three rows of a sample run through the same base weights, and only th
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from diffdistill.math.prediction import Prediction
 from diffdistill.models.adapters import InRole, RowsError, rows_context
 from diffdistill.models.condition import Condition
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import Denoiser, OfNetwork
 from diffdistill.models.guidance import Guided
 
 
@@ -45,7 +44,7 @@ def predict_both(first: Denoiser, second: Denoiser, x_t: Tensor, t: Tensor, cond
 class _Call(NamedTuple):
     """What a denoiser asks of the one it is made of, and how it answers from that."""
 
-    denoiser: Any
+    denoiser: Denoiser
     x_t: Tensor
     t: Tensor
     cond: Condition
@@ -60,12 +59,12 @@ def _call(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition) -> _Call:
 
 def _in_one_pass(calls: Sequence[_Call], num_samples: int) -> list[Prediction] | None:
     """Return what each is told, from one batch of all their rows; None where that is not allowed or not possible."""
-    views = [getattr(call.denoiser, "role", None) for call in calls]
-    roles = [role for role in views if isinstance(role, InRole) and num_samples <= role.one_batch_up_to]
+    asked = [call.denoiser for call in calls if isinstance(call.denoiser, OfNetwork)]
+    roles = [each.role for each in asked if isinstance(each.role, InRole) and num_samples <= each.role.one_batch_up_to]
     if len(roles) < len(calls):
         return None
-    one = calls[0].denoiser
-    if any(dataclasses.replace(call.denoiser, role=one.role) != one for call in calls):  # another network, or another schedule
+    one = asked[0]
+    if any(each.with_role(one.role) != one for each in asked):  # another network, or another schedule
         return None
     rows = [len(call.x_t) for call in calls]
     adapters = [(role.adapter, num) for role, num in zip(roles, rows, strict=True)]
