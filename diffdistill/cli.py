@@ -382,8 +382,8 @@ def _explain(error: BaseException) -> int:
         return _say(f"failed: {error.strerror}: {error.filename}", MACHINE)
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         return _say(
-            "failed: out of memory. Set a smaller micro_batch_size (it must divide batch_size), precision: bf16, or "
-            "roles.layout: shared; `diffdistill check` shows what each role needs.",
+            "failed: out of memory. Fewer images at once (--num) or a smaller model need less; a training run says itself which of its "
+            "settings would help.",
             MACHINE,
         )
     return _say(

@@ -96,7 +96,8 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
             if not is_out_of_memory(error):
                 raise
             run.say("out of memory; finding out which settings would help")
-            raise out_of_memory(config, accelerator.device.type, run.standing) from error
+            as_run = config.model_copy(update={"micro_batch_size": run.size})
+            raise out_of_memory(as_run, accelerator.device.type, run.standing) from error
 
 
 class _Run:

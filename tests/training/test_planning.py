@@ -12,6 +12,7 @@ from test_text_runs import config, place, text_pipelines  # noqa: F401 (a fixtur
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from diffdistill.config import RunConfig
+from diffdistill.memory import MemoryPlan
 from diffdistill.models.loading import load_teacher
 from diffdistill.training.building import open_stage, open_teacher
 from diffdistill.training.planning import _autocast, plan_memory
@@ -68,20 +69,26 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(pipelines, tmp_path,
     assert planned == pytest.approx(measured, rel=0.15), planned / measured
 
 
-def test_activation_checkpointing_keeps_fewer(pipelines):
-    plain, checkpointed = (plan_memory(run(pipelines, "pixart", SHARED | more), "cpu") for more in ({}, CHECKPOINTING))
-    assert checkpointed.peak.activation_bytes < 0.8 * plain.peak.activation_bytes
-    assert [row.kept_bytes for row in checkpointed.rows] == [row.kept_bytes for row in plain.rows]
+@pytest.fixture(scope="module")
+def shared_plan(pipelines) -> MemoryPlan:
+    """The plan of the transformer in the shared layout."""
+    return plan_memory(run(pipelines, "pixart", SHARED), "cpu")
 
 
-def test_activations_are_those_of_the_micro_batch(pipelines):
-    whole, half = (plan_memory(run(pipelines, "pixart", SHARED, micro_batch_size=size), "cpu") for size in (16, 8))
-    assert [row.kept_bytes for row in whole.rows] == [row.kept_bytes for row in half.rows]
-    assert half.peak.activation_bytes == pytest.approx(whole.peak.activation_bytes / 2, rel=0.1)
+def test_activation_checkpointing_keeps_fewer(pipelines, shared_plan):
+    checkpointed = plan_memory(run(pipelines, "pixart", SHARED | CHECKPOINTING), "cpu")
+    assert checkpointed.peak.activation_bytes < 0.8 * shared_plan.peak.activation_bytes
+    assert [row.kept_bytes for row in checkpointed.rows] == [row.kept_bytes for row in shared_plan.rows]
 
 
-def test_the_autoencoder_has_a_row(pipelines):
-    rows = {row.role: row for row in plan_memory(run(pipelines, "pixart", SHARED), "cpu").rows}
+def test_activations_are_those_of_the_micro_batch(pipelines, shared_plan):
+    half = plan_memory(run(pipelines, "pixart", SHARED, micro_batch_size=8), "cpu")
+    assert half.peak.activation_bytes == pytest.approx(shared_plan.peak.activation_bytes / 2, rel=0.1)
+    assert [row.kept_bytes for row in half.rows] == [row.kept_bytes for row in shared_plan.rows]
+
+
+def test_the_autoencoder_has_a_row(pipelines, shared_plan):
+    rows = {row.role: row for row in shared_plan.rows}
     vae = load_teacher(pipelines / "pixart").codec.vae
     assert rows["autoencoder"].weights_bytes == sum(4 * tensor.numel() for tensor in (*vae.parameters(), *vae.buffers()))
 
