@@ -1,6 +1,7 @@
 """The recipes: the YAML files of `configs/`, found in a checkout and in an installed package alike.
 
 A recipe opens with comment lines `# What: ...`, `# Paper: ...`, `# Cost: ...`, `# Expected: ...` and `# Command: ...`.
+Those of published models also have `# Memory: ...`, which `eval/memory.py` writes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the roles of DMD2 keep in memory on networks of true size, planned on the meta device and, for SD 1.5, measured.
+"""What runs keep in memory on networks of true size: DMD2's roles, a step of each text-to-image recipe, and one step measured.
 
 Networks have the published configurations and no trained weights: only shapes count.
 
-    python eval/memory.py            # plan all, measure Stable Diffusion 1.5, write docs/memory.md
-    python eval/memory.py --plan     # only print the plan
+    python eval/memory.py            # plan all, measure Stable Diffusion 1.5, write docs/memory.md and the recipes' headers
+    python eval/memory.py --plan     # only print the plans
 """
 
 from __future__ import annotations
@@ -11,21 +11,34 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
+from diffdistill import recipes
+from diffdistill.config import load_config
+from diffdistill.distillers.base import Batch
 from diffdistill.files import write_atomic
-from diffdistill.math.schedules import VPSchedule
-from diffdistill.memory import MemoryRow, memory_plan, total
+from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, VPSchedule
+from diffdistill.memory import MemoryPlan, MemoryRow, memory_rows, total
 from diffdistill.models.adapters import LoraSpec
+from diffdistill.models.codec import Codec
+from diffdistill.models.conditioning import Asked, Conditioning
 from diffdistill.models.families import FAMILIES
+from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.roles import Layout, Roles, build_roles
+from diffdistill.models.weightless import on_meta
+from diffdistill.training.building import build_accelerator, build_distiller, build_run_roles
+from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer
+from diffdistill.training.planning import plan_memory
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
 ROLES = ("student", "fake")
@@ -62,6 +75,29 @@ def flux() -> Any:
     return diffusers.FluxTransformer2DModel(guidance_embeds=True)
 
 
+def pixart() -> Any:
+    """Return the network of PixArt-alpha at 512 pixels, 0.6 B parameters."""
+    return diffusers.PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
+
+
+def sd3() -> Any:
+    """Return the network of Stable Diffusion 3.5 medium, 2.2 B parameters."""
+    return diffusers.SD3Transformer2DModel(
+        num_layers=24,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+
+
+def sana() -> Any:
+    """Return the network of Sana at 512 pixels, 1.6 B parameters."""
+    return diffusers.SanaTransformer2DModel(sample_size=16)
+
+
 NETWORKS: dict[str, Callable[[], Any]] = {"Stable Diffusion 1.5": sd15, "SDXL": sdxl, "FLUX.1-dev": flux}
 
 
@@ -79,10 +115,130 @@ def roles_of(network: Any, layout: Layout) -> Roles:
 
 def planned(build: Callable[[], Any], layout: Layout, dtype: torch.dtype) -> tuple[int, MemoryRow]:
     """Return the number of the base's parameters, and the sum of all roles."""
+    network = on_meta(build, dtype)
+    count = sum(parameter.numel() for parameter in network.parameters())
     with torch.device("meta"):
-        network = build().to(dtype)
-        count = sum(parameter.numel() for parameter in network.parameters())
-        return count, total(memory_plan(roles_of(network, layout), OPTIMIZERS, averaged=False))
+        return count, total(memory_rows(roles_of(network, layout), OPTIMIZERS, averaged=False))
+
+
+# Recipes
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published text-to-image model.
+
+    Attributes:
+        build: its network.
+        schedule, kind: the path its states live on, and what the network emits.
+        state: (C, H, W) of the states at the size its recipes train.
+        prompt: name -> shape of what a prompt is encoded to.
+        constants: name -> shape of what every prompt gets besides.
+    """
+
+    build: Callable[[], Any]
+    schedule: Schedule
+    kind: str
+    state: tuple[int, int, int]
+    prompt: Mapping[str, tuple[int, ...]]
+    constants: Mapping[str, tuple[int, ...]]
+
+
+FLOW = RectifiedFlowSchedule(3.0)
+MASKED = "encoder_attention_mask"
+MODELS: dict[str, Published] = {  # by the first part of the recipes' names
+    "sd15": Published(sd15, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (77, 768)}, {}),
+    "sdxl": Published(
+        sdxl,
+        SCHEDULE,
+        "epsilon",
+        (4, 128, 128),
+        {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,)},
+        {"time_ids": (6,)},
+    ),
+    "pixart": Published(pixart, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (120, 4096), MASKED: (120,)}, {}),
+    "sd3": Published(
+        sd3,
+        FLOW,
+        "flow_prediction",
+        (16, 128, 128),
+        {"encoder_hidden_states": (77 + 256, 4096), "pooled_projections": (2048,)},
+        {},
+    ),
+    "flux": Published(
+        flux,
+        FLOW,
+        "flow_prediction",
+        (16, 64, 64),
+        {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)},
+        {"embedded_guidance": ()},
+    ),
+    "sana": Published(sana, FLOW, "flow_prediction", (32, 16, 16), {"encoder_hidden_states": (300, 2304), MASKED: (300,)}, {}),
+}
+
+
+@dataclass(frozen=True)
+class StatedPrompts:
+    """Makes conditions of stated shapes, of zeros."""
+
+    model: Published
+    dtype: torch.dtype
+    device: torch.device
+    conditioning: Conditioning = "text"
+    fingerprint: str = ""
+
+    @property
+    def null(self) -> Mapping[str, Tensor]:
+        """Return the empty prompt."""
+        return self._zeros(self.model.prompt, 1)
+
+    def values(self, asked: Asked, batch_size: int | None = None) -> dict[str, Tensor]:
+        """Return as many prompts."""
+        return self._zeros({**self.model.prompt, **self.model.constants}, batch_size or 1)
+
+    def _zeros(self, shapes: Mapping[str, tuple[int, ...]], num: int) -> dict[str, Tensor]:
+        kinds = {name: torch.int64 if name == MASKED else self.dtype for name in shapes}
+        return {name: torch.zeros(num, *shape, dtype=kinds[name], device=self.device) for name, shape in shapes.items()}
+
+
+def teacher_of(model: Published, network: Any, state: tuple[int, int, int]) -> Teacher:
+    """Return a model as a teacher without autoencoder and text encoders."""
+    first = next(network.parameters())
+    family = FAMILIES[type(network).__name__]
+    denoiser = NetworkDenoiser(network.eval().requires_grad_(False), family, model.schedule, model.kind, state)
+    prompts = StatedPrompts(model, first.dtype, first.device)
+    return Teacher(denoiser, family, network, Codec(), {}, "", "", guidance=1.0, steps=1, conditioner=prompts)
+
+
+def recipe_names() -> list[str]:
+    """Return the recipes of published models."""
+    return [name for name in recipes.recipe_names() if name.startswith("text/")]
+
+
+def recipe_plan(name: str, activations: Mapping[str, int] | None = None) -> MemoryPlan:
+    """Return the plan of a recipe on a GPU; `activations` by turn, where they are known."""
+    model = MODELS[name.removeprefix("text/").partition("-")[0]]
+    config = load_config(recipes.recipe_path(name))
+    assert config.teacher_options.dtype == "bf16"
+    teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)
+    return plan_memory(config, "cuda", teacher, activations)
+
+
+def header(plan: MemoryPlan) -> str:
+    """Return the line of a recipe's header."""
+    return f"# Memory: planned for a GPU by `python eval/memory.py`, {plan.summary()}"
+
+
+def write_header(name: str, plan: MemoryPlan) -> None:
+    """Put the line into a recipe, below its cost."""
+    path = recipes.recipe_path(name)
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# Memory:")]
+    cost = next(index for index, line in enumerate(lines) if line.startswith("# Cost:"))
+    lines.insert(cost + 1, header(plan))
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+# Measuring
 
 
 def resident() -> int:
@@ -91,43 +247,156 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def touched(build: Callable[[], Any]) -> Any:
+    """Return a network in bfloat16 whose weights are zeros, written so that their pages are there."""
+    network = on_meta(build, torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.zero_()
+    return network
+
+
 def measured(build: Callable[[], Any]) -> int:
     """Return the bytes that base, adapters, gradients and optimiser of the shared layout add to this process."""
     before = resident()
-    with torch.device("meta"):
-        network = build().to(torch.bfloat16)
-    network = network.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*network.parameters(), *network.buffers()):
-            tensor.zero_()  # touched, or the pages would not be there
-    roles = roles_of(network, "shared")
-    optimizers = [RoleOptimizer(role, roles.parameters(role), OPTIMIZERS[role], total_steps=10) for role in ROLES]
-    for role, optimizer in zip(ROLES, optimizers, strict=True):
-        for parameter in roles.parameters(role):
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step(0, torch.zeros(()))
+    roles = roles_of(touched(build), "shared")
+    optimizers = {role: RoleOptimizer(role, roles.parameters(role), OPTIMIZERS[role], total_steps=10) for role in ROLES}
+    update(optimizers)
     return resident() - before
 
 
-def page(rows: list[str], note: str) -> str:
-    """Return docs/memory.md."""
-    head = "| network | base parameters | base | layout | weights + optimiser | of the base | with gradients |"
-    return "\n".join(
-        [
-            "# Memory of the roles",
-            "",
-            f"DMD2's student and fake, AdamW, adapters of rank {LORA.rank} on attention in the shared layout; written by "
-            "`python eval/memory.py`.",
-            "Adapters, their gradients and moments are float32. Activations come on top, and are those of one network in both layouts.",
-            "",
-            head,
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            note,
-            "",
-        ]
+def update(optimizers: Mapping[str, RoleOptimizer]) -> None:
+    """Take one step of each optimiser, after which moments and gradients are there."""
+    for optimizer in optimizers.values():
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(0, torch.zeros(()))
+
+
+STEP = "text/sd15-lcm-lora"  # the recipe of which a step is measured, on smaller states, which the CPU computes in minutes
+STEP_STATE = (4, 32, 32)
+STEP_SIZE = 2
+
+
+@dataclass(frozen=True)
+class ZeroFeed:
+    """One micro-batch of zeros a step."""
+
+    teacher: Teacher
+    num_micro_batches: int = 1
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """Return it."""
+        return Batch(self.teacher.condition(None, STEP_SIZE), torch.zeros(STEP_SIZE, *STEP_STATE))
+
+
+def measured_step() -> tuple[int, int]:
+    """Return bytes planned and measured: what the process held at most during a step, above what it held before the network was built.
+
+    The engine takes the step, of the recipe's method on its roles; moments are there before it.
+    """
+    sizes = [f"batch_size={STEP_SIZE}", f"micro_batch_size={STEP_SIZE}", "ema=null"]
+    config, model = load_config(recipes.recipe_path(STEP), sizes), MODELS["sd15"]
+    stage = config.stages[0]
+    plan = plan_memory(config, "cpu", teacher_of(model, on_meta(model.build, torch.bfloat16), STEP_STATE))
+    before = resident()
+    teacher = teacher_of(model, touched(model.build), STEP_STATE)
+    roles = build_run_roles(config, teacher)
+    optimizers = {
+        role: RoleOptimizer(role, roles.parameters(role), stage.optimizer(role), stage.steps) for role in stage.trained
+    }
+    update(optimizers)
+    engine = Engine(
+        build_distiller(stage, roles),
+        roles,
+        optimizers,
+        ZeroFeed(teacher),
+        build_accelerator(config.precision),
+        seed=config.seed,
+        stage=0,
+        clip_grad_norm=config.clip_grad_norm,
+        guard=Guard(config.guard.max_nonfinite_steps),
     )
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    engine.step(0)
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None, "Linux writes the peak there"
+    return plan.peak.bytes, 1024 * int(found[1]) - before
+
+
+# The page
+
+
+HEAD = """# Memory at true size
+
+Written by `python eval/memory.py`, from networks of the published configurations without their weights. Adapters, their gradients and
+moments are float32.
+
+## Roles
+
+DMD2's student and fake, AdamW, adapters of rank {rank} on attention in the shared layout. Gradients of both roles are counted, though
+a step has those of one at a time; activations come on top.
+
+| network | base parameters | base | layout | weights + optimiser | of the base | with gradients |
+|---|---|---|---|---|---|---|"""
+
+STEPS = """## A step of each recipe
+
+What a step holds at its peak on one GPU, as `diffdistill check` plans it before anything is loaded: all that is kept, and gradients and
+activations of the turn that needs most. The autocast of a GPU, which runs norms in float32, is followed on the CPU; no GPU was there
+to measure one. Not counted: what kernels and the allocator keep for themselves, text encoders and autoencoder, which are put aside
+before the first step, and images decoded for samples.
+
+| recipe | micro-batch | turn | weights | adapters | optimizer | gradients | activations | peak |
+|---|---|---|---|---|---|---|---|---|"""
+
+MEASURED = """## Measured
+
+- Roles of Stable Diffusion 1.5 in the shared layout, with gradients: {roles}, as growth of the resident memory of a process that builds
+  the roles and takes one optimiser step.
+- A step of `{step}` at Stable Diffusion 1.5's size, on states {state} in a micro-batch of {size}, on the CPU: {peak}, as the most
+  resident memory during the step above what there was before the network was built.
+- Small networks: the plan is within 15 % of what torch's allocator handed out at most during a step, for a UNet and a transformer that
+  read text, DMD2 in both layouts, with and without recomputed activations (`tests/training/test_planning.py`).
+"""
+
+
+def role_rows() -> list[str]:
+    """Return the table of the roles."""
+    rows = []
+    for name, build in NETWORKS.items():
+        for layout, dtype in (("shared", torch.bfloat16), ("copies", torch.bfloat16), ("copies", torch.float32)):
+            count, summed = planned(build, layout, dtype)
+            base = count * dtype.itemsize
+            kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+            rows.append(
+                f"| {name} | {count / 1e6:,.0f} M | {kind}, {base / GIB:.2f} GiB | {layout} | {summed.kept_bytes / GIB:.2f} GiB "
+                f"| {summed.kept_bytes / base:.3f} | {(summed.kept_bytes + summed.gradient_bytes) / GIB:.2f} GiB |"
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def step_row(name: str, plan: MemoryPlan) -> str:
+    """Return a recipe's row of the table of steps."""
+    peak, config = plan.peak, load_config(recipes.recipe_path(name))
+    amounts = [
+        peak.weights_bytes,
+        peak.adapter_bytes,
+        peak.optimizer_bytes,
+        peak.gradient_bytes,
+        peak.activation_bytes,
+        peak.bytes,
+    ]
+    cells = [name, str(config.micro_batch_size), plan.heaviest.name, *(f"{amount / GIB:.2f} GiB" for amount in amounts)]
+    return f"| {' | '.join(cells)} |"
+
+
+def compared(found: int, plan: int) -> str:
+    """Return a measured number beside the planned one."""
+    return f"{found / GIB:.3f} GiB against {plan / GIB:.3f} GiB planned (planned / measured {plan / found:.3f})"
 
 
 def main() -> None:
@@ -135,27 +404,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", action="store_true", help="do not measure or write")
     only_plan = parser.parse_args().plan
-    rows = []
-    for name, build in NETWORKS.items():
-        for layout, dtype in (("shared", torch.bfloat16), ("copies", torch.bfloat16), ("copies", torch.float32)):
-            count, summed = planned(build, layout, dtype)
-            base = count * dtype.itemsize
-            kept = summed.weights_bytes + summed.optimizer_bytes
-            kind = "bf16" if dtype == torch.bfloat16 else "fp32"
-            rows.append(
-                f"| {name} | {count / 1e6:,.0f} M | {kind}, {base / GIB:.2f} GiB | {layout} | {kept / GIB:.2f} GiB "
-                f"| {kept / base:.3f} | {summed.bytes / GIB:.2f} GiB |"
-            )
-            print(rows[-1], flush=True)
+    rows, steps = role_rows(), []
+    for name in recipe_names():
+        plan = recipe_plan(name)
+        steps.append(step_row(name, plan))
+        print(steps[-1], flush=True)
+        if not only_plan:
+            write_header(name, plan)
     if only_plan:
         return
-    found, plan = measured(sd15), planned(sd15, "shared", torch.bfloat16)[1].bytes
-    note = (
-        f"Measured for Stable Diffusion 1.5 in the shared layout, with gradients: {found / GIB:.3f} GiB against {plan / GIB:.3f} GiB "
-        f"planned ({found / plan:.3f}), as growth of the resident memory of a process that builds the roles and takes one optimiser step."
+    roles_found = measured(sd15)
+    step_plan, step_found = measured_step()
+    measured_note = MEASURED.format(
+        roles=compared(roles_found, planned(sd15, "shared", torch.bfloat16)[1].bytes),
+        step=STEP,
+        state="x".join(map(str, STEP_STATE)),
+        size=STEP_SIZE,
+        peak=compared(step_found, step_plan),
     )
-    print(note)
-    write_atomic(PAGE, page(rows, note).encode())
+    print(measured_note)
+    parts = [HEAD.format(rank=LORA.rank), *rows, "", STEPS, *steps, "", measured_note]
+    write_atomic(PAGE, "\n".join(parts).encode())
 
 
 if __name__ == "__main__":
