@@ -65,12 +65,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _adaptable(network: nn.Module) -> list[str]:
-    """Return the names of the layers that can take an adapter; extra inputs are trained whole and take none."""
+    """Return the names of the layers that can take an adapter which stock libraries load and merge: linear layers and convolutions.
+
+    Extra inputs are trained whole and take none; nor do convolutions of groups, whose adapters PEFT cannot merge.
+    """
     inside_extras = {id(module) for module in extra_modules(network)}
     return [
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in inside_extras
+        if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1 and id(module) not in inside_extras
     ]
 
 
@@ -101,7 +104,9 @@ def target_modules(network: nn.Module, targets: str | Sequence[str], presets: Ma
     missing = [suffix for suffix, found in hits.items() if not found]
     if not suffixes or len(missing) == len(suffixes) or (missing and unmatched_are_errors):
         available = ", ".join(sorted({_suffix(name) for name in names})) or "none (no linear or convolutional layer)"
-        raise UserError(f"LoRA targets {missing} match no layer of {type(network).__name__}. Available endings: {available}.")
+        raise UserError(
+            f"LoRA targets {missing} match no layer of {type(network).__name__} that takes an adapter. Available endings: {available}."
+        )
     wanted = {name for found in hits.values() for name in found}
     return [name for name in names if name in wanted]
 

@@ -72,7 +72,7 @@ def student(name: str, place: Path) -> tuple[Teacher, Roles]:
     teacher = load_teacher(
         folder if folder.exists() else text_pipelines.save(name, place / "base"), size=32 if name.startswith("sana") else 16
     )
-    spec = LoraSpec(rank=4, alpha=8.0, targets="attention" if name.startswith("sana") else "attention+ff")
+    spec = LoraSpec(rank=4, alpha=8.0, targets="all")
     if with_w:
         roles = build_roles(teacher.denoiser, ("student",), "copies", spec, extra_inputs=("guidance",))
     else:

@@ -160,6 +160,12 @@ def test_a_guidance_input_is_trained_whole_beside_adapters_and_takes_none() -> N
         build_roles(teacher("sd-w").denoiser, ("student",), "copies", extra_inputs=("guidance",))
 
 
+def test_a_convolution_of_groups_takes_no_adapter() -> None:
+    """PEFT adapts it for some ranks and cannot merge it, so such a student could not leave."""
+    with pytest.raises(UserError, match="'conv_depth'.*Available endings: conv_inverted, conv_point"):
+        build_roles(teacher("sana").denoiser, ("student",), "copies", LoraSpec(rank=80, targets=("conv_depth",)))
+
+
 def test_sana_sprint_is_a_flow_behind_its_arc() -> None:
     """Its pipeline's latents are ours in TrigFlow coordinates, times sigma_data; the deterministic arc is DDIM there."""
     loaded, pipeline = teacher("sana-sprint"), diffusers.DiffusionPipeline.from_pretrained(folder("sana-sprint"))

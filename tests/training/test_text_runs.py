@@ -74,6 +74,24 @@ def test_prompts_in_and_a_verified_lora_out(place):
     assert manifest.call["guidance_scale"] == 1 and manifest.timesteps == {"2": [999.0, 499.0]}
 
 
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"use_dora": True}, "roles.lora.use_dora: unknown key"),
+        ({"bias": "lora_only"}, "roles.lora.bias: unknown key"),
+        ({"modules_to_save": ["conv_out"]}, "roles.lora.modules_to_save: unknown key"),
+        ({"init_lora_weights": "pissa"}, "roles.lora.init_lora_weights: unknown key"),
+        ({"targets": ["to_z"]}, "'to_z'.* match no layer of UNet2DConditionModel .*Available endings: .*to_q"),
+        ({"targets": ["to_q", "norm1"]}, "'norm1'.* match no layer"),
+        ({"targets": "everything"}, "unknown LoRA target preset 'everything'"),
+    ],
+)
+def test_an_adapter_that_stock_pipelines_do_not_load_is_refused_before_the_run_begins(place, lora, message):
+    with pytest.raises(UserError, match=message):
+        train(config(place, "refused", DMD2, roles={"layout": "shared", "lora": lora}), progress=False)
+    assert not (place / "refused" / "config.yaml").exists()
+
+
 def test_a_student_that_takes_w_trains_the_stock_input_and_leaves_as_a_pipeline(place):
     roles = {"layout": "copies", "lora": {"rank": 2, "targets": "attention"}}
     run = config(place, "lcm-w", LCM | {"guidance_input": 3.0}, "captions", steps=3, roles=roles, ema=None, samples=None)
