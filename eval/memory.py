@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 from torch import Tensor
 
 from diffdistill import recipes
-from diffdistill.config import load_config
+from diffdistill.config import RunConfig, load_config
 from diffdistill.distillers.base import Batch
 from diffdistill.files import write_atomic
 from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, VPSchedule
@@ -40,6 +42,7 @@ from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer
 from diffdistill.training.planning import plan_memory
 
+T = TypeVar("T")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
 ROLES = ("student", "fake")
 LORA = LoraSpec(rank=32, targets="attention")
@@ -81,7 +84,7 @@ def pixart() -> Any:
 
 
 def sd3() -> Any:
-    """Return the network of Stable Diffusion 3.5 medium, 2.2 B parameters."""
+    """Return the network of Stable Diffusion 3.5 medium, 2.5 B parameters."""
     return diffusers.SD3Transformer2DModel(
         num_layers=24,
         num_attention_heads=24,
@@ -247,6 +250,12 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def alone(measure: Callable[[], T]) -> T:
+    """Return what a function measures in a process of its own: memory that plans left free here would be used again unseen."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure).result()
+
+
 def touched(build: Callable[[], Any]) -> Any:
     """Return a network in bfloat16 whose weights are zeros, written so that their pages are there."""
     network = on_meta(build, torch.bfloat16).to_empty(device="cpu")
@@ -256,13 +265,32 @@ def touched(build: Callable[[], Any]) -> Any:
     return network
 
 
-def measured(build: Callable[[], Any]) -> int:
-    """Return the bytes that base, adapters, gradients and optimiser of the shared layout add to this process."""
+def small() -> Any:
+    """Return a network of Stable Diffusion 1.5's kind, by which libraries are loaded and warm before anything is measured."""
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=768,
+    )
+
+
+def measured_roles() -> int:
+    """Return the bytes that base, adapters, gradients and optimiser of the shared layout add to this process for SD 1.5."""
+    _build_roles(small)
     before = resident()
+    kept = _build_roles(sd15)
+    found = resident() - before
+    del kept
+    return found
+
+
+def _build_roles(build: Callable[[], Any]) -> Any:
     roles = roles_of(touched(build), "shared")
     optimizers = {role: RoleOptimizer(role, roles.parameters(role), OPTIMIZERS[role], total_steps=10) for role in ROLES}
     update(optimizers)
-    return resident() - before
+    return roles, optimizers
 
 
 def update(optimizers: Mapping[str, RoleOptimizer]) -> None:
@@ -297,11 +325,15 @@ def measured_step() -> tuple[int, int]:
     """
     sizes = [f"batch_size={STEP_SIZE}", f"micro_batch_size={STEP_SIZE}", "ema=null"]
     config, model = load_config(recipes.recipe_path(STEP), sizes), MODELS["sd15"]
-    stage = config.stages[0]
-    plan = plan_memory(config, "cpu", teacher_of(model, on_meta(model.build, torch.bfloat16), STEP_STATE))
+    _peak_of_a_step(config, teacher_of(model, touched(small), STEP_STATE))
     before = resident()
-    teacher = teacher_of(model, touched(model.build), STEP_STATE)
-    roles = build_run_roles(config, teacher)
+    found = _peak_of_a_step(config, teacher_of(model, touched(sd15), STEP_STATE)) - before
+    return plan_memory(config, "cpu", teacher_of(model, on_meta(sd15, torch.bfloat16), STEP_STATE)).peak.bytes, found
+
+
+def _peak_of_a_step(config: RunConfig, teacher: Teacher) -> int:
+    """Return the most bytes that this process held in memory during a step."""
+    stage, roles = config.stages[0], build_run_roles(config, teacher)
     optimizers = {
         role: RoleOptimizer(role, roles.parameters(role), stage.optimizer(role), stage.steps) for role in stage.trained
     }
@@ -320,10 +352,9 @@ def measured_step() -> tuple[int, int]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     engine.step(0)
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, "Linux writes the peak there"
-    return plan.peak.bytes, 1024 * int(found[1]) - before
+    return 1024 * int(found[1])
 
 
 # The page
@@ -413,8 +444,8 @@ def main() -> None:
             write_header(name, plan)
     if only_plan:
         return
-    roles_found = measured(sd15)
-    step_plan, step_found = measured_step()
+    roles_found = alone(measured_roles)
+    step_plan, step_found = alone(measured_step)
     measured_note = MEASURED.format(
         roles=compared(roles_found, planned(sd15, "shared", torch.bfloat16)[1].bytes),
         step=STEP,

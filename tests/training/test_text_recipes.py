@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,27 @@ PIPELINES = {"sd15": "sd", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "fl
 def test_every_family_has_lcm_and_dmd2_and_two_have_more() -> None:
     expected = [f"text/{model}-{method}-lora" for model in PIPELINES for method in ("lcm", "dmd2")]
     assert sorted([*expected, "text/sd15-vsd", "text/sdxl-guidance"]) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_states_the_memory_of_a_step(name: str) -> None:
+    lines = [line for line in recipes.recipe_text(name).splitlines() if line.startswith("# Memory:")]
+    assert len(lines) == 1 and re.search(r"[\d.]+ GiB = weights .* activations [\d.]+ GiB \(turn of \w+\)$", lines[0])
+
+
+def test_the_header_is_what_the_recipe_keeps_at_true_size() -> None:
+    """All but the activations, whose finding takes a step, is planned anew; these are read from the header."""
+    name = "text/pixart-dmd2-lora"
+    spec = importlib.util.spec_from_file_location("eval_memory", Path(__file__).parents[2] / "eval" / "memory.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there for their annotations
+    spec.loader.exec_module(module)
+    line = next(line for line in recipes.recipe_text(name).splitlines() if line.startswith("# Memory:"))
+    stated = int(float(re.search(r"activations ([\d.]+) GiB", line)[1]) * 2**30)
+    planned = module.header(module.recipe_plan(name, {"student": stated, "fake": 0}))
+    parts = re.compile(r"(weights|adapters|optimizer|gradients|activations) [\d.]+ [MG]iB")
+    assert [match[0] for match in parts.finditer(planned)] == [match[0] for match in parts.finditer(line)]
 
 
 @pytest.fixture(scope="module")
