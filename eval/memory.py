@@ -4,16 +4,18 @@ Networks have the published configurations and no trained weights: only shapes c
 
     python eval/memory.py            # plan all, measure Stable Diffusion 1.5, write docs/memory.md and the recipes' headers
     python eval/memory.py --plan     # only print the plans
+    python eval/memory.py --gpu      # measure a step of every recipe on this machine's GPU, for the page to be written elsewhere
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch import Tensor
 from diffdistill import recipes
 from diffdistill.config import RunConfig, load_config
 from diffdistill.distillers.base import Batch
-from diffdistill.files import write_atomic
+from diffdistill.files import write_atomic, write_json
 from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, VPSchedule
 from diffdistill.memory import MemoryPlan, MemoryRow, memory_rows, total
 from diffdistill.models.adapters import LoraSpec
@@ -43,7 +45,9 @@ from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer
 from diffdistill.training.planning import plan_memory
 
 T = TypeVar("T")
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "memory.md"
+ON_GPU = ROOT / "eval" / "results" / "memory_gpu.json"
 ROLES = ("student", "fake")
 LORA = LoraSpec(rank=32, targets="attention")
 OPTIMIZERS = {role: OptimizerConfig() for role in ROLES}
@@ -218,10 +222,14 @@ def recipe_names() -> list[str]:
     return [name for name in recipes.recipe_names() if name.startswith("text/")]
 
 
-def recipe_plan(name: str, activations: Mapping[str, int] | None = None) -> MemoryPlan:
-    """Return the plan of a recipe on a GPU; `activations` by turn, where they are known."""
-    model = MODELS[name.removeprefix("text/").partition("-")[0]]
-    config = load_config(recipes.recipe_path(name))
+def model_of(name: str) -> Published:
+    """Return the model that a recipe is for."""
+    return MODELS[name.removeprefix("text/").partition("-")[0]]
+
+
+def recipe_plan(name: str, activations: Mapping[str, int] | None = None, config: RunConfig | None = None) -> MemoryPlan:
+    """Return the plan of a recipe on a GPU; `activations` by turn, where they are known, `config` in place of its own."""
+    model, config = model_of(name), config or load_config(recipes.recipe_path(name))
     assert config.teacher_options.dtype == "bf16"
     teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)
     return plan_memory(config, "cuda", teacher, activations)
@@ -256,9 +264,9 @@ def alone(measure: Callable[[], T]) -> T:
         return process.submit(measure).result()
 
 
-def touched(build: Callable[[], Any]) -> Any:
+def touched(build: Callable[[], Any], device: str = "cpu") -> Any:
     """Return a network in bfloat16 whose weights are zeros, written so that their pages are there."""
-    network = on_meta(build, torch.bfloat16).to_empty(device="cpu")
+    network = on_meta(build, torch.bfloat16).to_empty(device=device)
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
             tensor.zero_()
@@ -298,7 +306,7 @@ def update(optimizers: Mapping[str, RoleOptimizer]) -> None:
     for optimizer in optimizers.values():
         for parameter in optimizer.parameters:
             parameter.grad = torch.ones_like(parameter)
-        optimizer.step(0, torch.zeros(()))
+        optimizer.step(0, torch.zeros((), device=optimizer.parameters[0].device))
 
 
 STEP = "text/sd15-lcm-lora"  # the recipe of which a step is measured, on smaller states, which the CPU computes in minutes
@@ -308,14 +316,16 @@ STEP_SIZE = 2
 
 @dataclass(frozen=True)
 class ZeroFeed:
-    """One micro-batch of zeros a step."""
+    """Micro-batches of zeros."""
 
     teacher: Teacher
+    size: int
     num_micro_batches: int = 1
 
     def batch(self, step: int, micro: int) -> Batch:
-        """Return it."""
-        return Batch(self.teacher.condition(None, STEP_SIZE), torch.zeros(STEP_SIZE, *STEP_STATE))
+        """Return one."""
+        states = torch.zeros(self.size, *self.teacher.denoiser.sample_shape, device=self.teacher.device)
+        return Batch(self.teacher.condition(None, self.size), states)
 
 
 def measured_step() -> tuple[int, int]:
@@ -325,36 +335,73 @@ def measured_step() -> tuple[int, int]:
     """
     sizes = [f"batch_size={STEP_SIZE}", f"micro_batch_size={STEP_SIZE}", "ema=null"]
     config, model = load_config(recipes.recipe_path(STEP), sizes), MODELS["sd15"]
-    _peak_of_a_step(config, teacher_of(model, touched(small), STEP_STATE))
+    _resident_peak(_engine(config, 0, teacher_of(model, touched(small), STEP_STATE)))
     before = resident()
-    found = _peak_of_a_step(config, teacher_of(model, touched(sd15), STEP_STATE)) - before
+    found = _resident_peak(_engine(config, 0, teacher_of(model, touched(sd15), STEP_STATE))) - before
     return plan_memory(config, "cpu", teacher_of(model, on_meta(sd15, torch.bfloat16), STEP_STATE)).peak.bytes, found
 
 
-def _peak_of_a_step(config: RunConfig, teacher: Teacher) -> int:
-    """Return the most bytes that this process held in memory during a step."""
-    stage, roles = config.stages[0], build_run_roles(config, teacher)
+def _engine(config: RunConfig, index: int, teacher: Teacher) -> Engine:
+    """Return the engine of a stage before its first step, with the optimisers' moments there."""
+    stage, roles = config.stages[index], build_run_roles(config, teacher)
     optimizers = {
         role: RoleOptimizer(role, roles.parameters(role), stage.optimizer(role), stage.steps) for role in stage.trained
     }
     update(optimizers)
-    engine = Engine(
+    size = config.micro_batch_size or config.batch_size
+    return Engine(
         build_distiller(stage, roles),
         roles,
         optimizers,
-        ZeroFeed(teacher),
+        ZeroFeed(teacher, size, config.batch_size // size),
         build_accelerator(config.precision),
         seed=config.seed,
-        stage=0,
+        stage=index,
         clip_grad_norm=config.clip_grad_norm,
         guard=Guard(config.guard.max_nonfinite_steps),
     )
+
+
+def _resident_peak(engine: Engine) -> int:
+    """Return the most bytes that this process held in memory during a step."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     engine.step(0)
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, "Linux writes the peak there"
     return 1024 * int(found[1])
+
+
+def gpu_config(name: str) -> RunConfig:
+    """Return a recipe as it is measured: two of its micro-batches a step, no average of the weights."""
+    path = recipes.recipe_path(name)
+    return load_config(path, [f"batch_size={2 * (load_config(path).micro_batch_size or 1)}", "ema=null"])
+
+
+def measured_on_gpu(name: str) -> int:
+    """Return the most bytes that torch's allocator handed out at once in a step of the recipe's stage that needs most."""
+    config, model = gpu_config(name), model_of(name)
+    peaks = []
+    for index in range(len(config.stages)):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        engine = _engine(config, index, teacher_of(model, touched(model.build, "cuda"), model.state))
+        engine.step(0)  # libraries have taken their workspaces after it
+        torch.cuda.reset_peak_memory_stats()
+        engine.step(0)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del engine
+        gc.collect()
+    return max(peaks)
+
+
+def measure_on_gpu(names: Sequence[str]) -> None:
+    """Measure recipes, and write what was found after each."""
+    found: dict[str, int] = {}
+    for name in names:
+        found[name] = measured_on_gpu(name)
+        print(f"{name}: {found[name] / GIB:.2f} GiB", flush=True)
+        write_json(ON_GPU, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bytes": found})
 
 
 # The page
@@ -376,9 +423,9 @@ a step has those of one at a time; activations come on top.
 STEPS = """## A step of each recipe
 
 What a step holds at its peak on one GPU, as `diffdistill check` plans it before anything is loaded: all that is kept, and gradients and
-activations of the turn that needs most. The autocast of a GPU, which runs norms in float32, is followed on the CPU; no GPU was there
-to measure one. Not counted: what kernels and the allocator keep for themselves, text encoders and autoencoder, which are put aside
-before the first step, and images decoded for samples.
+activations of the turn that needs most. The autocast of a GPU, which runs norms in float32, is followed on the CPU. Not counted: what
+kernels and the allocator keep for themselves, text encoders and autoencoder, which are put aside before the first step, and images
+decoded for samples.
 
 | recipe | micro-batch | turn | weights | adapters | optimizer | gradients | activations | peak |
 |---|---|---|---|---|---|---|---|---|"""
@@ -425,6 +472,28 @@ def step_row(name: str, plan: MemoryPlan) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+GPU = """## Measured on a GPU
+
+`python eval/memory.py --gpu` on one {device} with torch {version}: the most bytes that torch's allocator handed out at once in a step
+of two micro-batches without an average of the weights, and the plan for the same.
+
+| recipe | planned | measured | planned / measured |
+|---|---|---|---|"""
+
+
+def gpu_rows() -> list[str]:
+    """Return the table of what was measured on a GPU, if it was."""
+    if not ON_GPU.exists():
+        return []
+    found = json.loads(ON_GPU.read_text())
+    rows = [GPU.format(device=found["device"], version=found["torch"])]
+    for name, measured in found["bytes"].items():
+        plan = recipe_plan(name, config=gpu_config(name)).peak.bytes
+        rows.append(f"| {name} | {plan / GIB:.2f} GiB | {measured / GIB:.2f} GiB | {plan / measured:.3f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
 def compared(found: int, plan: int) -> str:
     """Return a measured number beside the planned one."""
     return f"{found / GIB:.3f} GiB against {plan / GIB:.3f} GiB planned (planned / measured {plan / found:.3f})"
@@ -434,7 +503,12 @@ def main() -> None:
     """Plan, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", action="store_true", help="do not measure or write")
-    only_plan = parser.parse_args().plan
+    parser.add_argument("--gpu", nargs="*", metavar="RECIPE", help="only measure on the GPU, these recipes or all")
+    options = parser.parse_args()
+    if options.gpu is not None:
+        measure_on_gpu(options.gpu or recipe_names())
+        return
+    only_plan = options.plan
     rows, steps = role_rows(), []
     for name in recipe_names():
         plan = recipe_plan(name)
@@ -454,7 +528,7 @@ def main() -> None:
         peak=compared(step_found, step_plan),
     )
     print(measured_note)
-    parts = [HEAD.format(rank=LORA.rank), *rows, "", STEPS, *steps, "", measured_note]
+    parts = [HEAD.format(rank=LORA.rank), *rows, "", STEPS, *steps, "", measured_note, *gpu_rows()]
     write_atomic(PAGE, "\n".join(parts).encode())
 
 

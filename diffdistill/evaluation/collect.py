@@ -79,10 +79,10 @@ class Collector:
 
     def _extract(self, images: Tensor) -> None:
         result: Features = self.extractor(images)
-        done = self.moments.count
-        self.moments.update(result.features, self.groups[done : done + len(images)])
+        features, done = result.features.cpu(), self.moments.count
+        self.moments.update(features, self.groups[done : done + len(images)])
         if self.keep_features:
-            self.features.append(result.features.cpu())
+            self.features.append(features)
         if result.logits is not None:
             self.logits.append(result.logits.cpu())
 

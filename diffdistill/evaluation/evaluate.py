@@ -135,7 +135,7 @@ def evaluate(
         progress: called with (images done, images in all) after each batch.
         nfe, num_steps: network evaluations and steps per image, recorded as given.
         batch_size: images per call of generate.
-        extractor: None loads the one the protocol names, on the CPU.
+        extractor: None loads the one the protocol names, on the GPU where there is one.
         reference: None builds the one the protocol names.
     Raises:
         UserError: extractor or reference do not fit the protocol.

@@ -164,12 +164,12 @@ def shapes_clip(device: str | torch.device = "cpu") -> ClipExtractor:
 EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {"digits": DigitsExtractor, "shapes-clip": shapes_clip}
 
 
-def load_extractor(name: str, device: str | torch.device = "cpu") -> FeatureExtractor:
-    """Build the extractor of that name on a device.
+def load_extractor(name: str, device: str | torch.device | None = None) -> FeatureExtractor:
+    """Build the extractor of that name on a device, None for the GPU where there is one.
 
     Raises:
         UserError: the name is not in EXTRACTORS (the message lists them), or its weights cannot be read.
     """
     if name not in EXTRACTORS:
         raise unknown_name("feature extractor", name, EXTRACTORS)
-    return EXTRACTORS[name](device=device)
+    return EXTRACTORS[name](device=device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -119,12 +119,14 @@ def test_network_and_text_encoder_are_both_trained(name: str, trained) -> None:
 def test_pixarts_padding_is_left_out_of_training_and_changes_nothing(trained) -> None:
     captions = shapes(20).scenes.captions()[:4]
     model = text_diffusion.build(small("shapes-pixart", vae=str(trained / "vae")), captions, torch.device("cpu"))
-    short, values = model.condition(captions), model.denoiser.family.encode(model.pipeline, captions)[0]
+    short, (values, null) = model.condition(captions), model.denoiser.family.encode(model.pipeline, captions)
     assert short.values["encoder_hidden_states"].shape[1] < 16 and values["encoder_hidden_states"].shape[1] == 120
     x_t, t = torch.randn(4, 4, 8, 8), torch.full((4,), 500.0, dtype=torch.float64)
+    nothing = Condition(4, {name: value.expand(4, *value.shape[1:]) for name, value in short.null.items()}, {})
     with torch.no_grad():
-        found, expected = (model.denoiser(x_t, t, cond).raw for cond in (short, Condition(4, values, {})))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        for ours, stock in ((short, values), (nothing, null)):
+            found, expected = (model.denoiser(x_t, t, cond).raw for cond in (ours, Condition(4, stock, {})))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
