@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint types bench study mutation clean
+.PHONY: install quickstart test test-gpu lint types bench study mutation clean
 
 install: $(STAMP)
 
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml
 
 quickstart: install  ## from teacher to report and verified export, about four minutes on two cores
 	$(BIN)/diffdistill quickstart
+
+test-gpu: install  ## what only a GPU shows
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m gpu
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile

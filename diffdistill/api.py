@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import RunConfig, load_config, parse_config
+from diffdistill.config.settings import CACHE
 from diffdistill.doctor import doctor
 from diffdistill.errors import UserError
 from diffdistill.evaluation.compare import Comparison
@@ -193,13 +194,13 @@ def evaluate(
     from diffdistill.evaluation.evaluate import evaluate as score
     from diffdistill.evaluation.features import load_extractor
     from diffdistill.evaluation.protocol import load_protocol
-    from diffdistill.evaluation.reference import build_reference
+    from diffdistill.evaluation.reference import reference_for
 
     chosen = load_protocol(protocol)
     opened = open_target(target, solver, checkpoint)
     samplers = [opened.sampler(count, guidance) for count in dict.fromkeys(steps or (None,))]
     extractor = load_extractor(chosen.extractor)
-    reference = build_reference(chosen, extractor)
+    reference = reference_for(chosen, extractor, CACHE / "references")
     found = {}
     for sampler in samplers:
 
@@ -316,7 +317,7 @@ def export(
             raise UserError(f"steps must be at least 1; got {count}.")
     if Path(output).exists():
         raise UserError(f"{output} exists already and is left as it is. Choose another folder with -o, or remove it.")
-    loaded = load_run(run, checkpoint=checkpoint)
+    loaded = load_run(run, checkpoint=checkpoint, device="cpu")  # where stock diffusers is asked, without TensorFloat-32
     counts = tuple(steps) or (steps_of(loaded),)
     return write(
         loaded.teacher,

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from diffdistill.device import usual_device
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.export.manifest import LORA_FILE, MANIFEST, Manifest
 from diffdistill.math import grids
@@ -177,10 +178,10 @@ def _export(name: str, path: Path) -> Target:
     config = {"_class_name": manifest.scheduler.class_name, **manifest.scheduler.config}
     size = manifest.call.get("height")
     if manifest.kind == "merged":
-        teacher = load_teacher(path, size=size)
+        teacher = load_teacher(path, device=usual_device(), size=size)
         denoiser = teacher.denoiser
     else:
-        teacher = load_teacher(manifest.base.path, size=size)
+        teacher = load_teacher(manifest.base.path, device=usual_device(), size=size)
         denoiser = _with_adapter(teacher, path) if manifest.kind == "peft" else _with_lora(teacher, manifest, path)
 
     def make(num_steps: int, guidance: float | None) -> AnySampler:
@@ -220,7 +221,7 @@ def _with_lora(teacher: Teacher, manifest: Manifest, path: Path) -> FamilyDenois
 def _pipeline(name: str, solver: str) -> Target:
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
-    teacher = load_teacher(name)
+    teacher = load_teacher(name, device=usual_device())
 
     def make(num_steps: int, guidance: float | None) -> AnySampler:
         scale = teacher.guidance if guidance is None else guidance

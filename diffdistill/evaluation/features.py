@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffdistill.device import usual_device
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.images import check_uint8_images
 from diffdistill.models.fingerprint import weights_fingerprint
@@ -172,4 +173,4 @@ def load_extractor(name: str, device: str | torch.device | None = None) -> Featu
     """
     if name not in EXTRACTORS:
         raise unknown_name("feature extractor", name, EXTRACTORS)
-    return EXTRACTORS[name](device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return EXTRACTORS[name](device=usual_device() if device is None else device)

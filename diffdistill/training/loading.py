@@ -10,6 +10,7 @@ import torch
 
 from diffdistill.config import RunConfig, StageConfig, load_config
 from diffdistill.distillers.base import Distiller
+from diffdistill.device import usual_device
 from diffdistill.errors import UserError
 from diffdistill.models.loading import Teacher
 from diffdistill.models.roles import HEAD, Roles
@@ -66,7 +67,7 @@ def load_run(
         raise UserError(f"{folder} is not a run folder: it has no config.yaml. `diffdistill train` makes one.")
     config = load_config(files.config)
     found = _find(files, checkpoint)
-    teacher = open_teacher(config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    teacher = open_teacher(config, usual_device() if device is None else device)
     files.check_teacher(teacher.fingerprints())
     roles = build_run_roles(config, teacher)
     load_roles(roles, found)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import RunConfig, TextData
+from diffdistill.config.settings import CACHE
 from diffdistill.data.batches import derive_seed, keyed_generator
 from diffdistill.distillers.base import Distiller
 from diffdistill.evaluation.images import to_uint8
@@ -134,11 +135,11 @@ class Validation:
     def __init__(self, teacher: Teacher, protocol: str, steps: tuple[int, ...]) -> None:
         from diffdistill.evaluation.features import load_extractor
         from diffdistill.evaluation.protocol import load_protocol
-        from diffdistill.evaluation.reference import build_reference
+        from diffdistill.evaluation.reference import reference_for
 
         self.teacher, self.steps, self.protocol = teacher, steps, load_protocol(protocol)
         self.extractor = load_extractor(self.protocol.extractor)
-        self.reference = build_reference(self.protocol, self.extractor)
+        self.reference = reference_for(self.protocol, self.extractor, CACHE / "references")
 
     def scores(self, roles: Roles, distiller: Distiller) -> dict[str, float]:
         """Return "eval/metric@steps" -> value, and as "fid" the FID at the first step count, by which the best is kept."""
