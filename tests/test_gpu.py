@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import text_pipelines
 import torch
 
 import diffdistill as dd
@@ -14,6 +15,8 @@ from diffdistill.evaluation.features import load_extractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.targets import open_target
 from diffdistill.training.building import open_stage, open_teacher
+from diffdistill.training.loading import load_run
+from diffdistill.training.run import train
 
 pytestmark = pytest.mark.gpu
 STEPS = [  # a step of every kind that the recipes of the shapes have
@@ -47,10 +50,30 @@ def test_a_step_never_waits_for_the_gpu(name: str, stage: int, tmp_path: Path) -
 
 
 def test_a_lora_trained_on_the_gpu_leaves_for_stock_pipelines(tmp_path: Path) -> None:
-    run = dd.train(recipe("lcm", tmp_path, "stages.0.steps=3"), progress=False).folder
-    assert dd.load_run(run).teacher.device.type == "cuda"
+    run = train(recipe("lcm", tmp_path, "stages.0.steps=3"), progress=False).folder
+    assert load_run(run).teacher.device.type == "cuda"
     dd.export(run, tmp_path / "lora", kind="lora", steps=(2,))
     assert dd.verify(tmp_path / "lora").passed
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "sd3", "flux", "sana"])
+def test_half_precision_has_finite_gradients(name: str, tmp_path: Path) -> None:
+    pipeline = text_pipelines.save(name.removesuffix("15"), tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red house\na tree\n")
+    changes = [
+        f"teacher={pipeline}",
+        f"teacher_options={{dtype: bf16, size: {32 if name == 'sana' else 16}}}",
+        f"data.path={tmp_path / 'prompts.txt'}",
+        f"data.cache={tmp_path / 'cache'}",
+        f"output={tmp_path / 'run'}",
+        "batch_size=2",
+        "micro_batch_size=2",
+    ]
+    config = load_config(recipes.recipe_path(f"text/{name}-dmd2-lora"), changes)
+    _, engine = open_stage(config, open_teacher(config, "cuda"))
+    for step in range(6):
+        engine.step(step)
+    assert engine.guard.read() == {"student": [0, 0], "fake": [0, 0]}
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
@@ -74,4 +97,3 @@ def test_features_are_those_of_the_cpu() -> None:
     on_gpu, on_cpu = load_extractor("shapes-clip"), load_extractor("shapes-clip", "cpu")
     assert on_gpu.fingerprint == on_cpu.fingerprint
     torch.testing.assert_close(on_gpu(images).features.cpu(), on_cpu(images).features, atol=1e-4, rtol=1e-4)
-

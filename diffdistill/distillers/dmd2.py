@@ -201,7 +201,7 @@ class DMD2(Distiller):
         assert batch.x0 is not None, "initial: data needs images"
         if k == 0:
             return self._rollout.initial(BatchNoise(batch.size, rng.local), tuple(batch.x0.shape[1:]))
-        t = self._rollout.grid.times[k].to(batch.x0.device).expand(batch.size)
+        t = self._rollout.grid.times_on(batch.x0.device)[k].expand(batch.size)
         return transfer.add_noise(batch.x0, rng.normal(batch.x0.shape), self.schedule.coefficients(t))
 
     def _logits(self, x0: Tensor, cond: Condition, rng: Rng) -> Tensor:

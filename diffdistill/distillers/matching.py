@@ -46,7 +46,7 @@ def student_input(student: Denoiser, sampler: Sampler, batch: Batch, rng: Rng, s
 
 def generate(student: Denoiser, sampler: Sampler, x_t: Tensor, cond: Condition, step: int) -> Tensor:
     """Return x_g, the student's clean output at the sampler's step `step`: the one pass that may carry a graph."""
-    t = sampler.grid.times[step].to(x_t.device).expand(len(x_t))
+    t = sampler.grid.times_on(x_t.device)[step].expand(len(x_t))
     return student(x_t, t, cond).x0
 
 

@@ -110,6 +110,7 @@ class Progressive(Distiller):
     def __init__(self, config: ProgressiveConfig, teacher: Denoiser, roles: Roles, total_steps: int) -> None:
         self.config, self.roles, self.schedule = config, roles, teacher.schedule
         self.grid: TimeGrid = grids.trailing(self.schedule, config.student_steps)
+        self._half_grid = self.grid.refine(2)
 
     def turns(self, step: int) -> tuple[Turn, ...]:
         """Return the student's turn."""
@@ -118,7 +119,7 @@ class Progressive(Distiller):
     def loss(self, turn: Turn, batch: Batch, rng: Rng, step: int) -> Loss:
         """Return Algorithm 2's loss: two source passes without graph, one student pass."""
         assert batch.x0 is not None, "progressive distillation needs images"
-        half_steps = self.grid.refine(2).times.to(batch.x0.device)  # (2N + 1,)
+        half_steps = self._half_grid.times_on(batch.x0.device)  # (2N + 1,)
         i = rng.integers(batch.size, self.grid.num_steps)
         u, u_mid, u_end = half_steps[2 * i], half_steps[2 * i + 1], half_steps[2 * i + 2]
         at_u = self.schedule.coefficients(u)

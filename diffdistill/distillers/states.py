@@ -59,7 +59,7 @@ def noised(x0: Tensor, schedule: Schedule, rng: Rng, low: float = 0.0, high: flo
 
 def draw_interval(grid: TimeGrid, size: int, rng: Rng, lognormal: tuple[float, float] | None = None) -> Jump:
     """Draw one interval of the grid for every sample, uniformly or with ln(sigma / alpha) normal (mean, std)."""
-    times = grid.times.to(rng.local.device)
+    times = grid.times_on(rng.local.device)
     if lognormal is None:
         i = rng.integers(size, grid.num_steps)
     else:

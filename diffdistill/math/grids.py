@@ -42,6 +42,10 @@ class TimeGrid:
             )
         object.__setattr__(self, "times", times.to(torch.float64))
 
+    def times_on(self, device: torch.device) -> Tensor:
+        """Return the times on a device; the host does not wait for it."""
+        return self.times.to(device, non_blocking=True)
+
     @property
     def num_steps(self) -> int:
         """Number of steps, N."""

@@ -124,7 +124,7 @@ class Sampler:
             net, cond = denoiser, cond.with_values(guidance=w)
         else:
             net = guided(denoiser, self.guidance)
-        times = self.grid.times.to(x.device)
+        times = self.grid.times_on(x.device)
         last: Estimate | None = None
         for i, (t_float, r_float) in enumerate(islice(self.grid.pairs(), num_steps)):
             t, r = times[i].expand(len(x)), times[i + 1].expand(len(x))

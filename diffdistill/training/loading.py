@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from diffdistill.config import RunConfig, StageConfig, load_config
-from diffdistill.distillers.base import Distiller
 from diffdistill.device import usual_device
+from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.models.loading import Teacher
 from diffdistill.models.roles import HEAD, Roles

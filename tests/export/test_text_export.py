@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import text_pipelines
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,11 +34,6 @@ from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import Roles, build_roles
 from diffdistill.sampling.generate import image_generator
 from diffdistill.sampling.sampler import Sampler
-
-_spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
-assert _spec is not None and _spec.loader is not None
-text_pipelines = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(text_pipelines)
 
 FILE = "pytorch_lora_weights.safetensors"
 # name -> (pipeline, rule, kind asked for, kind written)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import text_pipelines
 import torch
 from PIL import Image
 
@@ -24,11 +24,6 @@ from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
 from diffdistill.training.text_data import ALONE, Processes, text_source
-
-_spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
-assert _spec is not None and _spec.loader is not None
-text_pipelines = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(text_pipelines)
 
 BUCKETS = {"edge": 16, "step": 4, "max_aspect": 2.0}  # of height x width 20x12, 16x16 and 12x20
 TALL = [(44, 24), (46, 24), (48, 24), (50, 24), (52, 24)]  # each size once, so that it names its image

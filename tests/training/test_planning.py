@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import text_pipelines
 import torch
-from test_text_runs import config, place, text_pipelines  # noqa: F401 (a fixture)
+from test_text_runs import config, place  # noqa: F401 (a fixture)
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from diffdistill.config import RunConfig

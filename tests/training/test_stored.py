@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import text_pipelines
 import torch
 
 from diffdistill.config import parse_config
@@ -26,11 +26,6 @@ from diffdistill.training.engine import Engine
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
-
-_spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
-assert _spec is not None and _spec.loader is not None
-text_pipelines = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(text_pipelines)
 
 PROMPTS = ["a fox", "a house", "a tree"]
 MADE = {"num": 6, "steps": 4, "every": 2, "guidance": [2.0, 4.0], "precision": "fp32"}

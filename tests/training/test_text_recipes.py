@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import text_pipelines
 import torch
-from test_text_runs import place, text_pipelines  # noqa: F401 (a fixture)
+from test_text_runs import place  # noqa: F401 (a fixture)
 
 from diffdistill import recipes
 from diffdistill.config import load_config

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import text_pipelines
 import torch
 from PIL import Image
 
@@ -21,11 +22,6 @@ from diffdistill.models.loading import load_teacher
 from diffdistill.training.data_feed import build_source
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
-
-_spec = importlib.util.spec_from_file_location("text_pipelines", Path(__file__).parents[1] / "models" / "text_pipelines.py")
-assert _spec is not None and _spec.loader is not None
-text_pipelines = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(text_pipelines)
 
 PROMPTS = ["a fox", "a house", "a tree"]
 DMD2 = {"name": "dmd2", "student_steps": 2, "guidance": 3.0, "student_every": 1}

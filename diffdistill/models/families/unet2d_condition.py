@@ -22,7 +22,7 @@ def guidance_waves(w: Tensor, width: int) -> Tensor:
     """
     half = width // 2
     rate = torch.log(torch.tensor(10_000.0)) / (half - 1)
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -rate).to(w.device)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -rate).to(w.device, non_blocking=True)
     angles = ((w - 1).float() * 1000.0)[:, None] * frequencies  # (B, F)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
