@@ -162,11 +162,13 @@ def _notes(manifest: Manifest) -> list[str]:
     if manifest.pipeline_class == "DiTPipeline":
         what = "guidance is inside the student" if manifest.guidance == 1 else "the student was trained to be sampled so"
         notes.append(f"- Pass `guidance_scale={manifest.guidance:g}`: {what}, and the pipeline's own default is 4.")
-        if manifest.scheduler.class_name == "LCMScheduler" and max(manifest.step_counts) > 1:
-            notes.append(
-                "- The pipeline does not hand its generators to the scheduler: call `torch.manual_seed` before it to "
-                "repeat images of more than one step."
-            )
+    dit_lcm = manifest.pipeline_class == "DiTPipeline" and manifest.scheduler.class_name == "LCMScheduler"
+    if (dit_lcm or manifest.scheduler.config.get("stochastic_sampling")) and max(manifest.step_counts) > 1:
+        when = " before diffusers 0.39" if manifest.pipeline_class == "SanaPipeline" else ""
+        notes.append(
+            f"- The noise between steps does not come from the call's generators{when}: call `torch.manual_seed` before it to "
+            "repeat images of more than one step."
+        )
     return notes
 
 

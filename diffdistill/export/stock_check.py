@@ -37,9 +37,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
+from diffusers.utils.torch_utils import randn_tensor
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -352,8 +355,6 @@ class Export:
 
     def stepping(self) -> Outcome:
         """States of the scheduler, from the student's own outputs."""
-        from diffusers.utils.torch_utils import randn_tensor
-
         scheduler, worst = self.pipeline.scheduler, 0.0
         accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
         for num_steps in self.step_counts:
@@ -428,6 +429,11 @@ class Export:
         ]
 
 
+def ignores_generators(scheduler: Any) -> bool:
+    """Return whether step draws from the global generator whatever it is given: of a stochastic flow, in diffusers before 0.39."""
+    return bool(scheduler.config.get("stochastic_sampling")) and Version(diffusers.__version__) < Version("0.39")
+
+
 class HeardEnough(Exception):
     """Ends a call of a pipeline whose network has said what was asked for."""
 
@@ -448,8 +454,9 @@ class Run:
             arguments = arguments | {"callback": self._after_step_of_old, "callback_steps": 1}
         hook, scheduler = getattr(pipeline, component).register_forward_hook(self._heard), pipeline.scheduler
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        hands_on = not takes_generator or hasattr(pipeline, "prepare_extra_step_kwargs")
-        if not hands_on:  # the pipeline leaves the scheduler to the global generator; one per image makes it comparable
+        hands_on = hasattr(pipeline, "prepare_extra_step_kwargs") and not ignores_generators(scheduler)
+        is_global = takes_generator and not hands_on
+        if is_global:  # the noise between steps is the global generator's; one per image makes it comparable
             scheduler.step = functools.partial(self._step, pipeline, type(scheduler).step, arguments)
         try:
             with contextlib.suppress(HeardEnough):
@@ -457,18 +464,23 @@ class Run:
         finally:
             hook.remove()
             vars(scheduler).pop("step", None)
-        self.note = "" if hands_on else "; generators handed to scheduler.step here, which this pipeline does not do"
+        self.note = "; noise from a generator per image here, where this pipeline takes the global one" if is_global else ""
 
     @staticmethod
     def _step(pipeline: Any, step: Any, arguments: dict[str, Any], raw: Tensor, t: Any, x: Tensor, **options: Any) -> Any:
         """Step with a generator per image, on unpacked latents where the pipeline packs them."""
-        options["generator"] = arguments["generator"]
-        if not hasattr(pipeline, "_pack_latents"):
-            return step(pipeline.scheduler, raw, t, x, **options)
-        size = (arguments["height"], arguments["width"], pipeline.vae_scale_factor)
-        raw, x = (pipeline._unpack_latents(tokens, *size) for tokens in (raw, x))
-        following = step(pipeline.scheduler, raw, t, x, **options)[0]
-        return (pipeline._pack_latents(following, *following.shape),)
+        generators = options["generator"] = arguments["generator"]
+
+        def draw(like: Tensor) -> Tensor:
+            return randn_tensor(like.shape, generators, dtype=like.dtype)
+
+        with mock.patch.object(torch, "randn_like", draw):  # by which those draw that ignore generators
+            if not hasattr(pipeline, "_pack_latents"):
+                return step(pipeline.scheduler, raw, t, x, **options)
+            size = (arguments["height"], arguments["width"], pipeline.vae_scale_factor)
+            raw, x = (pipeline._unpack_latents(tokens, *size) for tokens in (raw, x))
+            following = step(pipeline.scheduler, raw, t, x, **options)[0]
+            return (pipeline._pack_latents(following, *following.shape),)
 
     def _heard(self, module: Any, inputs: Any, output: Any) -> None:
         self.raw.append((output[0] if isinstance(output, tuple) else output.sample).float())
@@ -635,7 +647,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version.split()[0]}
-    for package in ("torch", "diffusers", "peft", "safetensors"):
+    for package in ("torch", "diffusers", "peft", "transformers", "safetensors"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

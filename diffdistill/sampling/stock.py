@@ -176,14 +176,28 @@ def stock_states(
     states = [first * getattr(scheduler, "init_noise_sigma", 1.0)]  # flow schedulers name none: it is 1
     accepts = inspect.signature(scheduler.step).parameters
     options = {"generator": _generators(noise)} if "generator" in accepts else {}
-    for timestep in scheduler.timesteps:
+    ignores_generators = _ignores_generators(scheduler)
+    for k, timestep in enumerate(scheduler.timesteps):
         x_t = scheduler.scale_model_input(states[-1], timestep) if hasattr(scheduler, "scale_model_input") else states[-1]
         t = timestep.to(torch.float64).expand(len(x_t))
         if isinstance(denoiser.schedule, RectifiedFlowSchedule):
             t = denoiser.schedule.time_of_sigma(t / scheduler.config.num_train_timesteps)
         raw = denoiser(x_t, t, cond).as_kind(getattr(scheduler.config, "prediction_type", "flow_prediction"))
-        states.append(scheduler.step(raw, timestep, states[-1], **options).prev_sample)
+        if ignores_generators:  # its step, with our noise
+            sigma, next_sigma = scheduler.sigmas[k : k + 2].tolist()
+            x0 = states[-1] - sigma * raw
+            states.append((1 - next_sigma) * x0 + next_sigma * noise.draw(denoiser.sample_shape))
+        else:
+            states.append(scheduler.step(raw, timestep, states[-1], **options).prev_sample)
     return states
+
+
+def _ignores_generators(scheduler: Any) -> bool:
+    """Return whether step draws from the global generator whatever it is given: of a stochastic flow, in diffusers before 0.39."""
+    import diffusers
+    from packaging.version import Version
+
+    return bool(scheduler.config.get("stochastic_sampling")) and Version(diffusers.__version__) < Version("0.39")
 
 
 def stock_sample(

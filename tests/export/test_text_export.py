@@ -223,6 +223,20 @@ def test_the_lora_file_is_the_portable_form(place, manifests):
         torch.testing.assert_close(stored[f"unet.{name}"], tensor * (2.0 if ".lora_B." in name else 1.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("sd-lora", None),  # LCM's pipelines hand their generators on
+        ("sd3-lora", None),  # deterministic
+        ("flux-lora", "does not come from the call's generators: call `torch.manual_seed`"),
+        ("sana-lora", "does not come from the call's generators before diffusers 0.39: call `torch.manual_seed`"),
+    ],
+)
+def test_the_card_says_where_the_noise_between_steps_comes_from(name, note, place, manifests):
+    card = (place / name / "README.md").read_text()
+    assert ("noise between steps" in card) == (note is not None) and (note or "") in card
+
+
 def test_kohya_spelling(place, manifests):
     names = list(load_file(place / "sd-kohya" / FILE))
     assert all(re.fullmatch(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", name) for name in names)
