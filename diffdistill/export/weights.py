@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, get_args
@@ -109,13 +110,30 @@ def _write_merged(
     pipeline.scheduler = build_scheduler(planned.scheduler)
     pipeline.save_pretrained(folder, safe_serialization=True)
     _clean_configs(folder, pipeline.load_config(base))
+    if teacher.family.reads_text:
+        _keep_tokenizers(folder, base)
     # What the config of the network does not say, so that the student can be the next stage's teacher.
     guidance = planned.call.get("guidance_scale", next(iter(planned.samplers.values())).guidance)
     write_json(folder / TEACHER_NOTES, {"config": {"num_classes": teacher.num_classes, "guidance": guidance}})
 
 
+def _keep_tokenizers(folder: Path, base: str) -> None:
+    """Put the base's tokenizer files in place of the saved ones, which transformers 4 cannot read where 5 wrote them."""
+    source = Path(base)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(base, allow_patterns=["tokenizer*/*"]))
+    for saved in folder.glob("tokenizer*/"):
+        shutil.rmtree(saved)
+        shutil.copytree(source / saved.name, saved)
+
+
 def _clean_configs(folder: Path, original: Any) -> None:
-    """Take paths of this machine out of the configs, and put back what pipelines forget on saving (DiT's class names)."""
+    """Take paths of this machine out of the configs, and put back what pipelines forget on saving (DiT's class names).
+
+    Tokenizers keep their classes, since transformers 5 has one name for two classes of 4, which read different files.
+    """
     original = dict(original[0] if isinstance(original, tuple) else original)
     for path in [folder / "model_index.json", *folder.glob("*/*config.json")]:
         config = json.loads(path.read_text())
@@ -124,7 +142,8 @@ def _clean_configs(folder: Path, original: Any) -> None:
             config |= {
                 name: value
                 for name, value in original.items()
-                if name not in config and not name.startswith("_") and not isinstance(value, (list, tuple))
+                if name.startswith("tokenizer")
+                or (name not in config and not name.startswith("_") and not isinstance(value, (list, tuple)))
             }
         write_json(path, config)
 

@@ -223,6 +223,20 @@ def test_the_lora_file_is_the_portable_form(place, manifests):
         torch.testing.assert_close(stored[f"unet.{name}"], tensor * (2.0 if ".lora_B." in name else 1.0))
 
 
+def test_a_merged_pipeline_keeps_the_tokenizer_of_its_base(place):
+    """Transformers 5 would write one file that 4 does not read, under one name for two classes of 4."""
+    base = shutil.copytree(place / "base" / "sd", place / "base" / "fast")
+    (base / "tokenizer" / "spiece.model").write_text("read by none of these")
+    index = json.loads((base / "model_index.json").read_text()) | {"tokenizer": ["transformers", "CLIPTokenizerFast"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    teacher = load_teacher(base, size=16)
+    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 1), "ddim")
+    manifest = export(teacher, build_roles(teacher.denoiser, ("student",)), sampler, place / "kept", verify=False)
+    files = [{path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()} for folder in (base, place / "kept")]
+    assert files[0] == files[1] and "tokenizer/spiece.model" in manifest.files
+    assert json.loads((place / "kept" / "model_index.json").read_text())["tokenizer"] == index["tokenizer"]
+
+
 @pytest.mark.parametrize(
     ("name", "note"),
     [
