@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import tokenizers
 import torch
 import transformers
+
+from diffdistill.training.teachers import words
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = 32
@@ -27,15 +30,17 @@ def clip_tokenizer(folder: Path) -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """Return a T5Tokenizer whose words are single letters."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
-    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    """Return a T5 tokenizer whose words are single letters."""
+    return words.t5_tokenizer([], length=512)
 
 
 def gemma_tokenizer() -> Any:
-    """Return a GemmaTokenizer whose words are single letters."""
+    """Return a Gemma tokenizer whose words are single letters."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
-    return transformers.GemmaTokenizer(vocab={token: k for k, token in enumerate(tokens)}, merges=[])
+    vocabulary = {token: k for k, token in enumerate(tokens)}
+    spelled = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True))
+    spelled.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    return transformers.GemmaTokenizerFast(tokenizer_object=spelled)
 
 
 def clip_text(width: int, projection: int | None = None) -> Any:

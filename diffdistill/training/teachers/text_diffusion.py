@@ -30,7 +30,7 @@ from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.training.teachers.fit import fit
 from diffdistill.training.teachers.parts import NUM_SHAPES, ImagesConfig, Trained, TrainingConfig, find_folder, num_parameters
-from diffdistill.training.teachers.words import clip_tokenizer, t5_tokenizer
+from diffdistill.training.teachers.words import clip_tokenizer, name_fast_tokenizer, t5_tokenizer
 
 NUM_JUDGED = 500  # samples drawn to measure a network at the end
 IMAGES_PER_PASS = 250
@@ -262,3 +262,4 @@ def _samples(model: _Model, scenes: Scenes, guidance: float, device: torch.devic
 
 def _save(model: _Model, folder: Path) -> None:
     model.pipeline.save_pretrained(folder, safe_serialization=True)
+    name_fast_tokenizer(folder / "model_index.json")
