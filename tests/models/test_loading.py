@@ -93,9 +93,9 @@ def test_dit_with_vae_and_guidance_makes_the_stock_pipelines_images(tmp_path, sc
     ours = (teacher.codec.decode(latents) / 2 + 0.5).clamp(0, 1)
     stock = DiTPipeline.from_pretrained(folder)
     images = stock(
-        LABELS.tolist(), guidance_scale=scale, num_inference_steps=4, generator=generators(), output_type="pt"
+        LABELS.tolist(), guidance_scale=scale, num_inference_steps=4, generator=generators(), output_type="np"
     ).images
-    torch.testing.assert_close(ours, images, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, torch.from_numpy(images).permute(0, 3, 1, 2), atol=1e-4, rtol=0)
 
 
 def test_the_autoencoder_waits_on_the_cpu_and_works_where_the_images_are():
