@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: install quickstart test test-gpu lint types bench study mutation clean
+.PHONY: install quickstart test test-gpu test-oldest lint types bench study mutation clean
 
 install: $(STAMP)
 
@@ -25,6 +27,17 @@ test-gpu: install  ## what only a GPU shows
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
+# The newest torch, and of these four libraries the oldest version that pyproject.toml allows. Not [dev], whose torchao needs a later diffusers.
+$(OLDEST_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -e . pytest \
+		$$(sed -nE 's/^ *"(diffusers|peft|transformers|accelerate)>=(.*)",$$/\1~=\2.0/p' pyproject.toml)
+	@touch $(OLDEST_STAMP)
+
+test-oldest: install $(OLDEST_STAMP)  ## tests with the oldest libraries, and exports of old and new read by each other
+	OMP_NUM_THREADS=1 $(BIN)/python eval/oldest_versions.py $(OLDEST)/bin/python
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +55,4 @@ mutation: install  ## systematic mutants of the mathematics and the losses, into
 	$(BIN)/python eval/mutation.py
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info

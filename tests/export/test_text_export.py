@@ -85,6 +85,14 @@ def sampler_of(name: str, teacher: Teacher, rule: str, num_steps: int) -> Sample
     return replace(sampler, guidance=W, guidance_as_input=True) if name.endswith(" w") else sampler
 
 
+def write(pipeline: str, rule: str, kind: Any, place: Path, output: Path) -> Manifest:
+    """Export the student of a pipeline in `place`, unchecked."""
+    teacher, roles = student(pipeline, place)
+    sampler = sampler_of(pipeline, teacher, rule, max(step_counts(pipeline)))
+    options = {"method": "dmd2", "step_counts": step_counts(pipeline), "verify": False}
+    return export(teacher, roles, sampler, output, kind, **options)
+
+
 def rename(function: Callable[[str], str], scale_of_b: float = 1.0) -> Callable[[Path], None]:
     """Return a damage: other keys in the LoRA file, or a scaled B."""
 
@@ -126,13 +134,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifests(place) -> dict[str, Manifest]:
-    written = {}
-    for name, (pipeline, rule, kind, _) in GOOD.items():
-        teacher, roles = student(pipeline, place)
-        sampler = sampler_of(pipeline, teacher, rule, max(step_counts(pipeline)))
-        options = {"method": "dmd2", "step_counts": step_counts(pipeline), "verify": False}
-        written[name] = export(teacher, roles, sampler, place / name, kind, **options)
-    return written
+    return {name: write(pipeline, rule, kind, place, place / name) for name, (pipeline, rule, kind, _) in GOOD.items()}
 
 
 @pytest.fixture(scope="module")
