@@ -126,11 +126,23 @@ class TensorCache:
         if process_index == 0:
             write_json(self.folder / "key.json", self.key)
         for done, shard in enumerate(share, start=1):
-            rows = list(range(shard * self.rows_per_shard, min(self.num_rows, (shard + 1) * self.rows_per_shard)))
-            self._write(shard, {name: self._storable(name, value, rows) for name, value in compute(rows).items()})
+            self.fill_shard(shard, compute)
             if progress is not None:
                 progress(done, len(share))
         return len(share)
+
+    def fill_shard(self, shard: int, compute: Compute) -> None:
+        """Compute one shard, over what is there; arguments and errors as of `fill`."""
+        rows = list(range(shard * self.rows_per_shard, min(self.num_rows, (shard + 1) * self.rows_per_shard)))
+        self._write(shard, {name: self._storable(name, value, rows) for name, value in compute(rows).items()})
+
+    def is_good(self, shard: int) -> bool:
+        """Return whether a shard is there, undamaged and like those read before; reads all of it."""
+        try:
+            self._slices(shard)
+        except UserError:
+            return False
+        return True
 
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
         """Return the rows at `indices` (B,) int64, name -> (B, ...); only these are read into memory.

@@ -61,13 +61,16 @@ class Pairs:
         labels = None if self.labels is None else self.labels[indices]
         return Pairs(self.noise[indices], self.x0[indices], labels, self.origin)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored, by name; without labels where there are none."""
+        return {"noise": self.noise, "x0": self.x0, **({} if self.labels is None else {"labels": self.labels})}
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; `origin` goes into its header."""
         from safetensors.torch import save
 
-        tensors = {"noise": self.noise, "x0": self.x0, **({} if self.labels is None else {"labels": self.labels})}
         header = {_KEY: json.dumps(dict(self.origin), sort_keys=True)}
-        return write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header))
+        return write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()}, header))
 
     @classmethod
     def load(cls, path: str | Path) -> Pairs:

@@ -101,13 +101,17 @@ class Trajectories:
         labels = None if first.labels is None else torch.cat([part.labels for part in parts if part.labels is not None])
         return Trajectories(x_t, target, t, w, labels, first.origin)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored, by name; without labels where there are none."""
+        named = {name: getattr(self, name) for name in ("x_t", "target", "t", "w", "labels")}
+        return {name: value for name, value in named.items() if value is not None}
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; `origin` goes into its header."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(self, name) for name in ("x_t", "target", "t", "w", "labels")}
         header = {_KEY: json.dumps(dict(self.origin), sort_keys=True)}
-        return write_atomic(path, save({k: v.cpu().contiguous() for k, v in tensors.items() if v is not None}, header))
+        return write_atomic(path, save({k: v.cpu().contiguous() for k, v in self.tensors().items()}, header))
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectories:

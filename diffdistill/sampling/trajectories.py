@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -80,6 +81,10 @@ class TrajectorySpec(BaseModel):
             raise ValueError(f"guidance is [low, high] with 0 <= low <= high, counted from 1; got {list(self.guidance)}")
         return self
 
+    def origin(self, seed: int) -> dict[str, Any]:
+        """Return what made trajectories note of themselves: these settings and the seed of the run, as plain JSON values."""
+        return {"seed": seed, **self.model_dump(mode="json", exclude={"path"})}
+
 
 class _WritesDown(Denoiser):
     """A denoiser that keeps call number offset + k j of each row, j being `every`: (B, K, ...) on the CPU."""
@@ -111,6 +116,7 @@ def guided_trajectories(
     every: int = 1,
     dtype: torch.dtype = torch.float32,
     labels: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Trajectories:
     """Run the teacher's sampler under guidance w and return every j-th state its network was asked at, and what guidance made of it.
 
@@ -122,6 +128,7 @@ def guided_trajectories(
         every: j; divides the number of steps. Row i begins with call i mod j.
         dtype: float16 or float32, of the stored states.
         labels: what `cond` was made of, (B,) int64, stored with the states.
+        rows: the numbers i of these images where they are some of many, (B,) int64; None for 0..B-1.
     Source: AGD (arXiv:2503.07274), released code: the states that inference visits, in place of noised data.
     """
     if sampler.nfe != sampler.num_steps or sampler.num_steps % every:
@@ -129,7 +136,8 @@ def guided_trajectories(
             f"trajectories need a sampler of one call a step and `every` to divide its steps; got nfe {sampler.nfe} in "
             f"{sampler.num_steps} steps and every={every}."
         )
-    writer = _WritesDown(guided(teacher, w), torch.arange(len(w)) % every, every, sampler.num_steps, dtype)
+    rows = torch.arange(len(w)) if rows is None else rows
+    writer = _WritesDown(guided(teacher, w), rows % every, every, sampler.num_steps, dtype)
     sampler.sample(writer, noise, cond)
     return Trajectories(writer.x_t, writer.target, writer.t, w.double().cpu(), labels)
 
@@ -142,8 +150,9 @@ def make_trajectories(
     seed: int,
     device: torch.device | str = "cpu",
     per_pass: int = PER_PASS,
+    rows: Sequence[int] | None = None,
 ) -> Trajectories:
-    """Return the trajectories of a specification: w uniform in its range, noise of each trajectory its own.
+    """Return the trajectories of a specification, or some of them: w uniform in its range, noise of each trajectory its own.
 
     Args:
         teacher: unguided.
@@ -152,21 +161,18 @@ def make_trajectories(
         labels: what each trajectory is asked for, (num,) int64 for `condition`; None for an unconditional teacher.
         seed: of the run.
         device: where the teacher is.
-        per_pass: trajectories made at a time, rounded to a multiple of `every`; changes no trajectory.
+        per_pass: trajectories made at a time; changes no trajectory.
+        rows: the numbers of those to make, each in 0..num-1; None for all.
     """
     assert spec.num is not None, "trajectories that are read from path are not made"
     sampler = Sampler(grids.trailing(teacher.schedule, spec.steps), spec.rule, eta=spec.eta)
     low, high = spec.guidance
     w = low + (high - low) * torch.rand(spec.num, generator=keyed_generator(seed, "trajectory guidance"), dtype=torch.float64)
     dtype = torch.float16 if spec.precision == "fp16" else torch.float32
-    per_pass = max(per_pass // spec.every, 1) * spec.every  # so that every pass begins with the same row's offset
     parts = []
-    for start in range(0, spec.num, per_pass):
-        rows = slice(start, min(spec.num, start + per_pass))
-        seeds = [derive_seed(seed, "trajectory", k) for k in range(rows.start, rows.stop)]
-        asked = None if labels is None else labels[rows]
-        cond, noise = condition(asked, len(seeds)), Noise(seeds, device)
-        parts.append(guided_trajectories(teacher, sampler, noise, cond, w[rows].to(device), spec.every, dtype, asked))
-    origin = {"seed": seed, **spec.model_dump(mode="json", exclude={"path"})}
-    whole = Trajectories.cat(parts)
-    return Trajectories(whole.x_t, whole.target, whole.t, whole.w, whole.labels, origin)
+    for some in torch.tensor(range(spec.num) if rows is None else rows).split(per_pass):
+        noise = Noise([derive_seed(seed, "trajectory", k) for k in some.tolist()], device)
+        asked = None if labels is None else labels[some]
+        cond, guidance = condition(asked, len(some)), w[some].to(device)
+        parts.append(guided_trajectories(teacher, sampler, noise, cond, guidance, spec.every, dtype, asked, some))
+    return dataclasses.replace(Trajectories.cat(parts), origin=spec.origin(seed))

@@ -18,6 +18,7 @@ from diffdistill.models.roles import HEAD, Roles, Shadow, build_roles
 from diffdistill.training.data_feed import DataFeed, build_source, micro_batch_size
 from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import RoleOptimizer
+from diffdistill.training.text_data import Processes
 
 
 def build_accelerator(precision: str) -> Any:
@@ -35,6 +36,15 @@ def build_accelerator(precision: str) -> Any:
     if AcceleratorState._shared_state:  # an earlier run of this process may have had another precision
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
+
+
+def build_processes(accelerator: Any) -> Processes:
+    """Return what the parts of a run that know no accelerator share their work by."""
+
+    def any_of(yes: bool) -> bool:
+        return bool(accelerator.reduce(torch.tensor(float(yes), device=accelerator.device)) > 0)
+
+    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, any_of)
 
 
 def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:

@@ -25,7 +25,7 @@ LIBRARIES = ("diffdistill", "torch", "diffusers", "transformers", "accelerate", 
 
 
 class RunFolder:
-    """config.yaml, environment.json, metrics.jsonl, tensorboard/, samples/, checkpoints/ and the file `lock`."""
+    """config.yaml, environment.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, stored states and the file `lock`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,9 +118,7 @@ class RunFolder:
         """Write config and environment; a resumed run adds its environment to the list. Call with the lock held."""
         checkpoint.remove_leftovers(self.checkpoints)
         sessions = self._sessions()
-        if not self.has_begun:  # an attempt that failed at once may have left another config, and pairs made by it
-            self.pairs.unlink(missing_ok=True)
-            self.trajectories.unlink(missing_ok=True)
+        if not self.has_begun:  # an attempt that failed at once may have left another config
             write_atomic(self.config, dump_config(config))
         write_json(self.environment, [*sessions, {**environment(), **facts}])
 

@@ -15,13 +15,14 @@ class Progress:
     """Shows losses, steps per second, time left and memory.
 
     Args:
-        total: steps of the run.
+        total: steps of the run, or of something else that is counted.
         done: steps done before this process.
         enabled: whether anything is shown.
+        unit: what is counted, in the singular.
     """
 
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
-        self.total, self.done, self.enabled = total, done, enabled
+    def __init__(self, total: int, done: int, enabled: bool, unit: str = "step") -> None:
+        self.total, self.done, self.enabled, self.unit = total, done, enabled, unit
         self._since, self._since_step = time.perf_counter(), done
         self._bar: Any = None
         if enabled and sys.stdout.isatty():
@@ -31,34 +32,37 @@ class Progress:
             self._bar = RichProgress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
             )
-            self._task = self._bar.add_task("training", total=total, completed=done, note="")
+            self._task = self._bar.add_task(f"{unit}s", total=total, completed=done, note="")
             self._bar.start()
 
-    def advance(self) -> None:
-        """Count a step; costs nothing that waits for the device."""
-        self.done += 1
+    def advance(self, num: int = 1) -> None:
+        """Count a step, or several; costs nothing that waits for the device."""
+        self.done += num
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
 
-    def report(self, stage: str, values: Mapping[str, float]) -> float:
+    def report(self, doing: str, values: Mapping[str, float] | None = None) -> float:
         """Show the losses since the last report and return the steps per second since then.
 
         Args:
-            stage: what is being done, e.g. "1/2 dmd2".
+            doing: what is being done, e.g. "stage 1/2 dmd2".
             values: name -> number; the totals of the turns are shown.
         """
         now = time.perf_counter()
         speed = (self.done - self._since_step) / max(now - self._since, 1e-9)
         self._since, self._since_step = now, self.done
         if self.enabled:
-            losses = "  ".join(
-                f"{name.removesuffix('/total')} {value:.4g}" for name, value in values.items() if name.endswith("/total")
-            )
-            note = f"{losses}  {speed:.1f} steps/s  {_duration((self.total - self.done) / max(speed, 1e-9))} left  {_memory()}"
+            losses = [
+                f"{name.removesuffix('/total')} {value:.4g}"
+                for name, value in (values or {}).items()
+                if name.endswith("/total")
+            ]
+            left = _duration((self.total - self.done) / max(speed, 1e-9))
+            note = "  ".join([*losses, f"{speed:.1f} {self.unit}s/s", f"{left} left", _memory()])
             if self._bar is not None:
-                self._bar.update(self._task, description=f"stage {stage}", note=note)
+                self._bar.update(self._task, description=doing, note=note)
             else:
-                print(f"step {self.done}/{self.total}  stage {stage}  {note}", flush=True)
+                print(f"{self.unit} {self.done}/{self.total}  {doing}  {note}", flush=True)
         return speed
 
     def pause(self) -> None:

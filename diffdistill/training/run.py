@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from diffdistill.training.building import (
     build_accelerator,
     build_distiller,
     build_engine,
+    build_processes,
     build_run_roles,
     build_shadow,
     open_teacher,
@@ -36,10 +37,9 @@ from diffdistill.training.preview import Preview, Validation, asked_in_samples, 
 from diffdistill.training.progress import Progress
 from diffdistill.training.stopping import Diverged, Stopped, StopSignals
 from diffdistill.training.stored import StoredStates, origin_of
-from diffdistill.training.text_data import Processes, texts
+from diffdistill.training.text_data import texts
 from diffdistill.training.tracking import Tracker
 
-T = TypeVar("T")
 DEFAULT_STEPS = 4  # of the student in previews, where neither the method nor the validation names a number
 
 
@@ -105,7 +105,8 @@ class _Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Any, signals: StopSignals, show: bool) -> None:
         self.config, self.folder, self.accelerator, self.signals, self.show = config, folder, accelerator, signals, show
-        self.is_main: bool = accelerator.is_main_process
+        self.processes = build_processes(accelerator)
+        self.is_main = self.processes.is_main
         self.on_cpu = accelerator.device.type == "cpu"
         self.size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
         self.done = 0
@@ -169,19 +170,25 @@ class _Run:
     def _build(self) -> None:
         """Build what outlives a stage. Writes nothing."""
         config = self.config
-        processes = Processes(
-            self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.wait_for_everyone
-        )
         if isinstance(config.data, TextData):
             texts(config.data)  # what is wrong with them is told before a large teacher is loaded
         self.teacher = open_teacher(config, self.accelerator.device)
         self.fingerprints = self.teacher.fingerprints()
         self.folder.check_teacher(self.fingerprints)
-        self.source = build_source(config, self.teacher, processes)
+        self.source = build_source(config, self.teacher, self.processes)
         self.teacher.codec.offload()
         self.roles = build_run_roles(config, self.teacher)
         origin = origin_of(self.teacher, self.fingerprints, self.source)
-        self.stored = StoredStates(self.roles.teacher, Conditions(self.teacher, self.source), origin, config.seed, self.size)
+        self.stored = StoredStates(
+            self.roles.teacher,
+            Conditions(self.teacher, self.source),
+            origin,
+            config.seed,
+            self.size,
+            self.processes,
+            self.show,
+            self._stop_where_asked,
+        )
         self.pairs, self.trajectories = None, None
         self.spec = next((s.needs.trajectories for s in config.stages if s.needs.trajectories is not None), None)
         if config.pairs is not None and config.pairs.path is not None:
@@ -209,20 +216,13 @@ class _Run:
         self.accelerator.wait_for_everyone()
         pairs, spec = self.config.pairs, self.spec
         if pairs is not None and self.pairs is None:
-            self.pairs = self._made_once(lambda: self.stored.pairs(pairs, self.folder.pairs))
+            self.pairs = self.stored.pairs(pairs, self.folder.pairs)
         if spec is not None and self.trajectories is None:
-            self.trajectories = self._made_once(lambda: self.stored.trajectories(spec, self.folder.trajectories))
+            self.trajectories = self.stored.trajectories(spec, self.folder.trajectories)
         if self.is_main:
             self.folder.cut_metrics(self.done)
         self.tracker = Tracker(self.folder, self.config.logging.tensorboard, self.done) if self.is_main else None
         self.progress = Progress(self.config.total_steps, self.done, self.show)
-
-    def _made_once(self, make: Callable[[], T]) -> T:
-        """Let the main process make what the others then find made."""
-        if self.is_main:
-            make()
-        self.accelerator.wait_for_everyone()
-        return make()
 
     def _stage(self, index: int, found: Checkpoint | None) -> None:
         """Train one stage, from where `found` left it."""
@@ -283,11 +283,7 @@ class _Run:
             if self.is_main:
                 self._save(engine, 0 if ends else step + 1, metrics)
         if stops and self.done < config.total_steps:
-            raise Stopped(
-                f"stopped by {self.signals.requested or 'a signal'} after step {self.done} of {config.total_steps}; "
-                f"everything is saved in {self.folder.path}. Go on with: diffdistill train {self.folder.config} "
-                "--resume"
-            )
+            raise self._stopped(f"step {self.done} of {config.total_steps}")
 
     # What is due when
 
@@ -299,6 +295,17 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return self.signals.requested is not None
         return (self.on_cpu or logs) and engine.stop_agreed()
+
+    def _stop_where_asked(self, done: str) -> None:
+        """Stop where a signal came to any process; every process calls it at the same place."""
+        if self.processes.any(self.signals.requested is not None):
+            raise self._stopped(done)
+
+    def _stopped(self, done: str) -> Stopped:
+        return Stopped(
+            f"stopped by {self.signals.requested or 'a signal'} after {done}; everything is saved in {self.folder.path}. "
+            f"Go on with: diffdistill train {self.folder.config} --resume"
+        )
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         """Return whether this is the lowest FID so far. Only the main process knows, and only it saves."""
@@ -318,7 +325,7 @@ class _Run:
     def _log(self, stage: StageConfig, engine: Engine, step: int, skipped: int) -> None:
         means = engine.meter.read()
         rates = {f"lr/{role}": learning_rate(each.config, step, stage.steps) for role, each in engine.optimizers.items()}
-        speed = self.progress.report(f"{engine.stage + 1}/{len(self.config.stages)} {stage.method.name}", means)
+        speed = self.progress.report(f"stage {engine.stage + 1}/{len(self.config.stages)} {stage.method.name}", means)
         if self.tracker is not None:
             self.last = {**means, **rates, "skipped": skipped, "stage": engine.stage}
             self.tracker.log(self.done, {**self.last, "steps_per_sec": speed, "seconds": time.perf_counter() - self.started})

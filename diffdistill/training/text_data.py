@@ -25,11 +25,17 @@ IMAGES_PER_PASS = 8  # of the autoencoder, which at 1024 pixels needs more memor
 
 
 class Processes(NamedTuple):
-    """Which process of how many this is, and how to wait for the others."""
+    """Which process of how many this is, how to wait for the others, and how to ask all whether any says yes."""
 
     index: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
+    any: Callable[[bool], bool] = lambda yes: yes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes what is written once."""
+        return self.index == 0
 
 
 ALONE = Processes()
@@ -77,7 +83,7 @@ def _captioned_source(
         reader.recall(filling.places[row] for row in unreadable)  # also those that others found
     if len(reader.unreadable) == len(reader.records):
         raise UserError(f"none of the images in {data.path} can be read. {reader.report}")
-    if reader.report and processes.index == 0:
+    if reader.report and processes.is_main:
         print(reader.report, flush=True)
     sources = {size: CachedSource(filling.cache) for size, filling in fillings.items() if readable[size].any()}
     return BucketedSource(sources) if data.buckets is not None else next(iter(sources.values()))

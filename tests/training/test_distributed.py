@@ -15,6 +15,7 @@ from tiny_runs import DRIVER, METHODS, Nursery, run_config, run_values, save_tea
 
 from diffdistill.training import checkpoint
 from diffdistill.training.run import train
+from diffdistill.training.stored import IMAGES_PER_PART
 
 pytestmark = pytest.mark.slow
 
@@ -51,8 +52,10 @@ def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
     stages = [
         {"steps": 2, "method": METHODS["progressive"], "optimizers": {"student": sgd}},
         {"steps": 4, "method": METHODS["dmd2"], "optimizers": dict.fromkeys(("student", "fake", "head"), sgd)},
+        {"steps": 1, "method": {"name": "dmd", "regression": {}}, "optimizers": dict.fromkeys(("student", "fake"), sgd)},
     ]
-    changes = {"stages": stages, "micro_batch_size": 2, "ema": None}
+    pairs = {"num": 2 * IMAGES_PER_PART + 1, "steps": 1}
+    changes = {"stages": stages, "pairs": pairs, "micro_batch_size": 2, "ema": None}
     train(run_config(teacher, tmp_path / "one", **changes), progress=False)
     config = write(tmp_path / "two.yaml", run_values(teacher, tmp_path / "two", **changes))
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -68,7 +71,10 @@ def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
     ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("step 6/6") == 1  # only the main process speaks
+    assert done.stdout.count("step 7/7") == 1  # only the main process speaks
+    assert done.stdout.count(f"image {pairs['num']}/{pairs['num']}  pairs of the teacher") == 1
+    made = [(tmp_path / name / "pairs.safetensors").read_bytes() for name in ("one", "two")]
+    assert made[0] == made[1]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert largest_difference(one, two) < 1e-6  # four float32 terms in another order
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):

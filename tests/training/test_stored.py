@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import pytest
 import text_pipelines
 import torch
 
-from diffdistill.config import parse_config
+from diffdistill.config import PairsConfig, parse_config
+from diffdistill.data.cache import TensorCache
 from diffdistill.data.pairs import Pairs
 from diffdistill.data.trajectories import Trajectories
 from diffdistill.errors import UserError
@@ -21,11 +23,15 @@ from diffdistill.models.guidance_adapters import load_guidance_adapters, save_gu
 from diffdistill.models.loading import load_teacher
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
+from diffdistill.sampling.trajectories import TrajectorySpec
+from diffdistill.training.conditions import Conditions
 from diffdistill.training.data_feed import DataFeed, build_source
 from diffdistill.training.engine import Engine
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
+from diffdistill.training.stored import StoredStates, origin_of
+from diffdistill.training.text_data import Processes
 
 PROMPTS = ["a fox", "a house", "a tree"]
 MADE = {"num": 6, "steps": 4, "every": 2, "guidance": [2.0, 4.0], "precision": "fp32"}
@@ -191,3 +197,158 @@ def test_a_pair_is_noise_and_the_teacher_s_image_of_it_under_the_prompt_it_names
         train(
             config(place, "refused", DMD, name, pairs={"path": str(place / f"{name}-dmd")}, data=other, **LORA), progress=False
         )
+
+
+# Made in parts, here of two images each -----------------------------------------------------------------------------------
+
+KINDS = {"pairs": Pairs, "trajectories": Trajectories}
+SETTINGS = {
+    "pairs": PairsConfig(num=7, steps=2, guidance=2.0),
+    "trajectories": TrajectorySpec(num=7, steps=3, every=3, precision="fp32"),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def parts_made(monkeypatch) -> list[int]:
+    """Make parts small, and return the list to which the number of each part that is made is added."""
+    made: list[int] = []
+    plain = TensorCache.fill_shard
+
+    def noted(self, shard, compute):
+        if self.folder.parent.suffix == ".parts":
+            made.append(shard)
+        plain(self, shard, compute)
+
+    monkeypatch.setattr("diffdistill.training.stored.IMAGES_PER_PART", 2)
+    monkeypatch.setattr(TensorCache, "fill_shard", noted)
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(place) -> StoredStates:
+    """What makes the states of seed 0 in one process."""
+    teacher = load_teacher(place / "sd", size=16)
+    source = build_source(agd(place, "unused"), teacher)
+    origin = origin_of(teacher, teacher.fingerprints(), source)
+    return StoredStates(teacher.denoiser, Conditions(teacher, source), origin, seed=0, micro_batch_size=4)
+
+
+def make(states: StoredStates, kind: str, folder: Path) -> bytes:
+    """Return the file of seven images."""
+    path = folder / f"{kind}.safetensors"
+    getattr(states, kind)(SETTINGS[kind], path)
+    return path.read_bytes()
+
+
+def make_until(states: StoredStates, last: int, kind: str, folder: Path) -> list[str]:
+    """Stop when so many images are there, before they are put together, and return what was said on the way."""
+    said: list[str] = []
+
+    def stop(done: str) -> None:
+        said.append(done)
+        if done == f"{last} of 7 {kind} of the teacher":
+            raise Stopped(done)
+
+    with pytest.raises(Stopped):
+        make(dataclasses.replace(states, between_parts=stop), kind, folder)
+    assert not (folder / f"{kind}.safetensors").exists()
+    return said
+
+
+@pytest.fixture(scope="module")
+def whole(plain, tmp_path_factory) -> dict[str, bytes]:
+    """The file of each kind, made at once in parts of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffdistill.training.stored.IMAGES_PER_PART", 2)
+        return {kind: make(plain, kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+@each_kind
+def test_parts_say_what_one_pass_says(plain, tmp_path, monkeypatch, kind):
+    """Every image by its own number: noise, prompt, guidance, first stored step (j = 3 does not divide the parts of two)."""
+    make(plain, kind, tmp_path)
+    whole = KINDS[kind].load(tmp_path / f"{kind}.safetensors").tensors()
+    monkeypatch.setattr("diffdistill.training.stored.IMAGES_PER_PART", 2)
+    (tmp_path / "parts").mkdir()
+    make(plain, kind, tmp_path / "parts")
+    parts = KINDS[kind].load(tmp_path / "parts" / f"{kind}.safetensors").tensors()
+    assert whole.keys() == parts.keys() and len(whole["labels"]) == 7
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-5)
+
+
+@each_kind
+def test_two_halves_are_the_whole_bit_for_bit(plain, whole, tmp_path, parts_made, kind):
+    make_until(plain, 4, kind, tmp_path)
+    assert parts_made == [0, 1]
+    assert make(plain, kind, tmp_path) == whole[kind] and parts_made == [0, 1, 2, 3]
+    assert make(plain, kind, tmp_path) == whole[kind] and parts_made == [0, 1, 2, 3]  # found
+    assert [file.name for file in tmp_path.iterdir()] == [f"{kind}.safetensors"]
+
+
+@each_kind
+def test_a_damaged_part_is_made_again(plain, whole, tmp_path, parts_made, kind):
+    make_until(plain, 6, kind, tmp_path)
+    first, second, _ = sorted((tmp_path / f"{kind}.parts").rglob("*.safetensors"))
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:-1])
+    parts_made.clear()
+    assert make(plain, kind, tmp_path) == whole[kind] and parts_made == [0, 1, 3]
+
+
+@each_kind
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"origin": "weights"}, {"origin": "scheduler"}, {"origin": "texts"}])
+def test_parts_of_another_seed_teacher_or_text_are_not_used(plain, whole, tmp_path, parts_made, kind, changes):
+    if "origin" in changes:
+        changes = {"origin": {**plain.origin, changes["origin"]: "another"}}
+    make_until(dataclasses.replace(plain, **changes), 4, kind, tmp_path)
+    parts_made.clear()
+    assert make(plain, kind, tmp_path) == whole[kind] and parts_made == [0, 1, 2, 3]
+
+
+@each_kind
+def test_what_another_start_left_is_made_anew_for_another_seed_and_refused_for_another_teacher(
+    plain, whole, tmp_path, parts_made, kind
+):
+    assert make(dataclasses.replace(plain, seed=1), kind, tmp_path) != whole[kind]
+    assert make(plain, kind, tmp_path) == whole[kind]
+    moved = dataclasses.replace(plain, origin={**plain.origin, "teacher": "elsewhere"})
+    parts_made.clear()
+    assert make(moved, kind, tmp_path) == whole[kind] and parts_made == []
+    with pytest.raises(UserError, match="made with another teacher.*or delete the file"):
+        make(dataclasses.replace(plain, origin={**plain.origin, "weights": "another"}), kind, tmp_path)
+
+
+@each_kind
+def test_three_processes_share_the_parts_and_store_what_one_does(plain, whole, tmp_path, parts_made, kind):
+    """One after the other, the main one last: it finds the others' parts. All wait as often, also who has no part 4 or 5."""
+    rounds = [f"{done} of 7 {kind} of the teacher" for done in (6, 7)]
+    for index, own in ((2, [2]), (1, [1]), (0, [0, 3])):
+        parts_made.clear()
+        states = dataclasses.replace(plain, processes=Processes(index, 3))
+        assert make_until(states, 7, kind, tmp_path) == rounds and parts_made == own
+    assert make(plain, kind, tmp_path) == whole[kind] and parts_made == [0, 3]
+
+
+def test_a_signal_stops_a_run_after_a_part_and_resuming_makes_the_others(place, parts_made, monkeypatch, capsys):
+    noted = TensorCache.fill_shard
+
+    def signalled(self, shard, compute):
+        noted(self, shard, compute)
+        if parts_made == [0, 1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TensorCache, "fill_shard", signalled)
+    message = "stopped by SIGTERM after 4 of 6 trajectories of the teacher; everything is saved .*config.yaml --resume"
+    with pytest.raises(Stopped, match=message):
+        train(agd(place, "halves"))
+    train(agd(place, "halves"), resume=True)
+    assert parts_made == [0, 1, 2] and not (place / "halves" / "trajectories.parts").exists()
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image ")]
+    assert [line.split("  ")[:2] for line in shown] == [
+        [f"image {done}/6", "trajectories of the teacher"] for done in (2, 4, 6)
+    ]
+    assert all("images/s" in line and "left" in line for line in shown)
