@@ -84,13 +84,14 @@ def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
     assert session["processes"] == 2
 
 
-def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, tmp_path):
-    config = write(tmp_path / "run.yaml", run_values(teacher, tmp_path / "run", steps=100000))
+def outputs_after_a_signal_to_one(values, folder, shown):
+    """Start two processes, send SIGTERM to the second once the first has shown something, and return what both printed."""
+    config = write(folder / "run.yaml", values)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     nursery = Nursery()
-    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    logs = [folder / f"log{rank}" for rank in range(2)]
     processes = [
         nursery.start(
             logs[rank],
@@ -105,13 +106,26 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, tmp_path):
         for rank in range(2)
     ]
     deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not (logs[0].exists() and "step 2/" in logs[0].read_text()):
+    while time.monotonic() < deadline and not (logs[0].exists() and shown in logs[0].read_text()):
         time.sleep(0.05)
     os.kill(processes[1], signal.SIGTERM)
     codes = [nursery.wait(process) for process in processes]
     nursery.close()
     outputs = [log.read_text() for log in logs]
     assert codes == [0, 0], outputs
+    return outputs
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, tmp_path):
+    outputs = outputs_after_a_signal_to_one(run_values(teacher, tmp_path / "run", steps=100000), tmp_path, "step 2/")
     found = checkpoint.newest(tmp_path / "run" / "checkpoints")[0]
     assert all(f"after step {found.step} of 100000" in output for output in outputs)
     assert all(value.isfinite().all() for value in found.tensors["role-student"].values() if isinstance(value, torch.Tensor))
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_part_of_the_pairs(teacher, tmp_path):
+    stages = [{"steps": 1, "method": {"name": "dmd", "regression": {}}}]
+    values = run_values(teacher, tmp_path / "run", stages=stages, pairs={"num": 10**6, "steps": 1})
+    outputs = outputs_after_a_signal_to_one(values, tmp_path, f"image {2 * IMAGES_PER_PART}/")
+    num_parts = len(list((tmp_path / "run" / "pairs.parts").rglob("*.safetensors")))
+    assert all(f"after {num_parts * IMAGES_PER_PART} of 1000000 pairs of the teacher; " in output for output in outputs)
