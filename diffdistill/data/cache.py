@@ -98,6 +98,10 @@ class TensorCache:
         """Return the shards that are not there yet."""
         return [shard for shard in range(self.num_shards) if not self.shard_path(shard).exists()]
 
+    def share(self, process_index: int, num_processes: int) -> list[int]:
+        """Return the missing shards that are this process's to compute: k with k % num_processes == process_index."""
+        return [shard for shard in self.missing() if shard % num_processes == process_index]
+
     def fill(
         self,
         compute: Compute,
@@ -105,7 +109,7 @@ class TensorCache:
         num_processes: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Compute this process's share of the missing shards, k with k % num_processes == process_index; return how many.
+        """Compute this process's share of the missing shards; return how many.
 
         The other processes may still be at theirs when it returns: wait for them before reading.
 
@@ -119,8 +123,7 @@ class TensorCache:
                 finished shards.
             MachineError: the disk is full or cannot be written; finished shards stay.
         """
-        missing = self.missing()
-        share = [shard for shard in missing if shard % num_processes == process_index]
+        missing, share = self.missing(), self.share(process_index, num_processes)
         if share and len(missing) < self.num_shards:
             self._slices(next(shard for shard in range(self.num_shards) if shard not in missing))  # what rows are like
         if process_index == 0:

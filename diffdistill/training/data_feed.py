@@ -104,14 +104,14 @@ def _order(source: DataSource, batch_size: int, size: int, seed: int) -> MicroBa
     return MicroBatches(source.num_samples, batch_size, size, seed)
 
 
-def build_source(config: RunConfig, teacher: Teacher, processes: Processes = ALONE) -> DataSource:
+def build_source(config: RunConfig, teacher: Teacher, processes: Processes = ALONE, show: bool = False) -> DataSource:
     """Return the run's states and conditions: images and text encoded once, the former kept in memory where they have labels.
 
     Raises:
         UserError: images, classes or texts that are not what the teacher takes.
     """
     if isinstance(config.data, TextData):
-        source = text_source(config.data, teacher, processes)
+        source = text_source(config.data, teacher, processes, show)
         if isinstance(source, BucketedSource):
             report = source.describe(config.batch_size)
             if processes.index == 0:

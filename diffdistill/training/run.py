@@ -175,7 +175,7 @@ class _Run:
         self.teacher = open_teacher(config, self.accelerator.device)
         self.fingerprints = self.teacher.fingerprints()
         self.folder.check_teacher(self.fingerprints)
-        self.source = build_source(config, self.teacher, self.processes)
+        self.source = build_source(config, self.teacher, self.processes, self.show)
         self.teacher.codec.offload()
         self.roles = build_run_roles(config, self.teacher)
         origin = origin_of(self.teacher, self.fingerprints, self.source)

@@ -20,6 +20,7 @@ from diffdistill.errors import UserError
 from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import Framing
+from diffdistill.training.progress import Progress
 
 IMAGES_PER_PASS = 8  # of the autoencoder, which at 1024 pixels needs more memory than the network
 
@@ -50,20 +51,27 @@ def texts(data: TextData) -> list[str]:
     return [record.caption for record in load_captioned(data.path, data.column)]
 
 
-def text_source(data: TextData, teacher: Teacher, processes: Processes = ALONE) -> CachedSource | BucketedSource:
+def text_source(
+    data: TextData, teacher: Teacher, processes: Processes = ALONE, show: bool = False
+) -> CachedSource | BucketedSource:
     """Return the rows of a data set as the teacher's network takes them, after whatever was missing has been encoded.
 
     The text encoders are released; the null value stays. With buckets there is a source for each that holds images.
 
+    Args:
+        data: prompts, or images with captions.
+        teacher: encodes them.
+        processes: share what is missing.
+        show: whether this process shows how far its share is.
     Raises:
         UserError: a teacher that reads no text; files that are missing, empty or damaged; too many unreadable images.
     """
     conditioner = _conditioner(teacher)
     if isinstance(data, CaptionsData):
-        source = _captioned_source(data, teacher, conditioner, processes)
+        source = _captioned_source(data, teacher, conditioner, processes, show)
     else:
         filling = _prompts(data, conditioner) if isinstance(data, PromptsData) else _shapes(data, teacher, conditioner)
-        _fill([filling], processes)
+        _fill([filling], processes, show)
         source = CachedSource(filling.cache)
     conditioner.null  # noqa: B018 (encoded while the encoders are here)
     conditioner.release()
@@ -71,12 +79,12 @@ def text_source(data: TextData, teacher: Teacher, processes: Processes = ALONE) 
 
 
 def _captioned_source(
-    data: CaptionsData, teacher: Teacher, conditioner: PromptConditioner, processes: Processes
+    data: CaptionsData, teacher: Teacher, conditioner: PromptConditioner, processes: Processes, show: bool
 ) -> CachedSource | BucketedSource:
     reader = ImageReader(load_captioned(data.path, data.column), teacher.image_shape[0])
     framed = _framed(reader, _sizes(data, teacher))
     fillings = {size: _captions(data, size, framings, reader, teacher, conditioner) for size, framings in framed.items()}
-    _fill(list(fillings.values()), processes)
+    _fill(list(fillings.values()), processes, show)
     readable = {size: filling.cache.column(READABLE) for size, filling in fillings.items()}
     for size, filling in fillings.items():
         unreadable = (~readable[size]).nonzero().flatten().tolist()
@@ -97,10 +105,21 @@ class _Filling(NamedTuple):
     places: Sequence[int] = ()
 
 
-def _fill(fillings: Sequence[_Filling], processes: Processes) -> None:
+def _fill(fillings: Sequence[_Filling], processes: Processes, show: bool) -> None:
     """Encode what is missing; the processes share each cache, and each begins with another share of the next."""
-    for number, filling in enumerate(fillings):
-        filling.cache.fill(filling.compute, (processes.index + number) % processes.count, processes.count)
+    shares = [((processes.index + number) % processes.count, processes.count) for number in range(len(fillings))]
+    missing = sum(len(filling.cache.share(*share)) for filling, share in zip(fillings, shares, strict=True))
+    progress = Progress(missing, 0, show and missing > 0, "shard")
+
+    def tell(done: int, share: int) -> None:
+        progress.advance()
+        progress.report("encoding texts and images")
+
+    try:
+        for filling, share in zip(fillings, shares, strict=True):
+            filling.cache.fill(filling.compute, *share, tell)
+    finally:
+        progress.close()
     processes.wait()
 
 

@@ -164,7 +164,19 @@ def test_text_is_encoded_once_and_the_encoders_leave(place, monkeypatch):
     )
     again = load_teacher(place / "sd", size=16)
     monkeypatch.setattr(PromptConditioner, "values", lambda *_: pytest.fail("the prompts are in the cache"))
-    build_source(run, again)
+    build_source(run, again, show=True)
+
+
+def test_encoding_is_shown_shard_by_shard_and_only_where_something_is_missing(place, tmp_path, capsys):
+    (tmp_path / "many.txt").write_text("".join(f"a fox and {k} trees\n" for k in range(257)))  # one more than a shard holds
+    data = {"kind": "prompts", "path": str(tmp_path / "many.txt"), "cache": str(tmp_path / "cache")}
+    run, teacher = parse_config(_with_data(place, data)), load_teacher(place / "sd", size=16)
+    build_source(run, teacher, show=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [[f"shard {k}/2", "encoding texts and images"] for k in (1, 2)]
+    build_source(run, teacher, show=True)
+    build_source(parse_config(_with_data(place, data | {"cache": str(tmp_path / "silent")})), teacher)
+    assert not capsys.readouterr().out
 
 
 def test_other_prompts_or_encoders_are_another_cache(place, tmp_path):
