@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     for name in () if options.table else options.rows:
-        path = RESULTS / f"shapes.{name}.json"
+        path = RESULTS / f"{Path(options.protocol).stem}.{name}.json"  # the page is made of those of protocol `shapes`
         if not path.exists():
             write_json(path, score(ROWS[name], options.protocol))
             values = json.loads(path.read_text())["evaluation"]["values"]
