@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +24,11 @@ from diffdistill.evaluation.digits_net import DigitsNet
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.training.teachers.fit import fit
 from diffdistill.training.teachers.parts import (
-    RECORD,
     Trained,
     TrainingConfig,
     build_network,
     find_folder,
+    keep_autoencoder_files,
     load_images,
     num_parameters,
 )
@@ -238,7 +237,4 @@ def _save(config: DiffusionConfig, network: Any, scheduler: Any, vae: Any | None
         pipeline.register_to_config(id2label=id2label)  # the class does not do it, and drops the names on saving
     pipeline.save_pretrained(folder, safe_serialization=True)
     if config.vae is not None:
-        source = find_folder(config.vae, "autoencoder")
-        for name in ("config.json", RECORD):  # the config as it was: save_pretrained adds the path it was loaded from
-            if (source / name).is_file():
-                shutil.copy(source / name, folder / "vae" / name)
+        keep_autoencoder_files(config.vae, folder / "vae")

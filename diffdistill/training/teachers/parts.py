@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -90,6 +91,14 @@ def find_folder(name: str, what: str) -> Path:
         if path.is_dir():
             return path
     raise UserError(f"no {what} at {name!r}, neither as a path nor among the shipped ones in {ASSETS}.")
+
+
+def keep_autoencoder_files(name: str, folder: Path) -> None:
+    """Put config and record of the autoencoder `name` into a saved pipeline's vae folder: saving adds the path it was loaded from."""
+    source = find_folder(name, "autoencoder")
+    for file in ("config.json", RECORD):
+        if (source / file).is_file():
+            shutil.copy(source / file, folder / file)
 
 
 def build_network(name: str, arguments: Mapping[str, Any], seed: int) -> Any:

@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
+from diffdistill.device import usual_device
 from diffdistill.files import atomic_folder, hash_json, sha256, write_json
 from diffdistill.training.teachers.parts import RECORD, Trained
 from diffdistill.training.teachers.registry import KINDS, TeacherConfig
 
 
 def train_teacher(
-    config: TeacherConfig, output: str | Path, progress: bool = True, device: str = "cpu", snapshot_every: int | None = None
+    config: TeacherConfig,
+    output: str | Path,
+    progress: bool = True,
+    device: str | None = None,
+    snapshot_every: int | None = None,
 ) -> dict[str, Any]:
     """Train what the config describes and write it to `output`, a folder of the matching stock class.
 
@@ -26,17 +31,17 @@ def train_teacher(
         config: of one of the kinds in `registry.KINDS`.
         output: folder to write; replaced as a whole if it exists.
         progress: whether to show a bar on a terminal, or a line every few hundred steps elsewhere.
-        device: torch device.
+        device: torch device; None for the GPU where there is one, else the CPU.
         snapshot_every: also write the folder every so many steps, in the same format; None for only at the end.
     Returns:
         The record, as written.
     Raises:
         UserError: wrong data, a network that cannot be built, or a loss that is no longer finite.
     """
-    begin = time.perf_counter()
+    begin, chosen = time.perf_counter(), torch.device(device or usual_device())
     record: dict[str, Any] = {}
-    for trained in KINDS[config.kind].train(config, torch.device(device), progress, snapshot_every):
-        record = _write(config, Path(output), trained, device, time.perf_counter() - begin)
+    for trained in KINDS[config.kind].train(config, chosen, progress, snapshot_every):
+        record = _write(config, Path(output), trained, str(chosen), time.perf_counter() - begin)
         if progress:
             print(f"wrote {output} after {trained.steps} steps: {trained.measures}", flush=True)
     return record

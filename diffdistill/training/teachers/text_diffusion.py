@@ -7,6 +7,7 @@ The network is called and the prompts are encoded as every teacher's are, throug
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +30,15 @@ from diffdistill.models.network import NetworkDenoiser, Values
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.training.teachers.fit import fit
-from diffdistill.training.teachers.parts import NUM_SHAPES, ImagesConfig, Trained, TrainingConfig, find_folder, num_parameters
+from diffdistill.training.teachers.parts import (
+    NUM_SHAPES,
+    ImagesConfig,
+    Trained,
+    TrainingConfig,
+    find_folder,
+    keep_autoencoder_files,
+    num_parameters,
+)
 from diffdistill.training.teachers.words import clip_tokenizer, name_fast_tokenizer, t5_tokenizer
 
 NUM_JUDGED = 500  # samples drawn to measure a network at the end
@@ -224,7 +233,7 @@ def train(config: TextDiffusionConfig, device: torch.device, progress: bool, sna
             "train_loss": fitted.loss,
             "obeyed_at_25_ddim_steps": _judge(ema, config.guidance, config.seed, device),
         }
-        yield Trained(fitted.steps, measures, lambda folder, ema=ema: _save(ema, folder))
+        yield Trained(fitted.steps, measures, functools.partial(_save, ema, config.vae))
 
 
 def _latents(data: Captioned, codec: Codec, device: torch.device) -> Tensor:
@@ -260,6 +269,7 @@ def _samples(model: _Model, scenes: Scenes, guidance: float, device: torch.devic
     return torch.cat(images)
 
 
-def _save(model: _Model, folder: Path) -> None:
+def _save(model: _Model, vae: str, folder: Path) -> None:
     model.pipeline.save_pretrained(folder, safe_serialization=True)
+    keep_autoencoder_files(vae, folder / "vae")
     name_fast_tokenizer(folder / "model_index.json")
