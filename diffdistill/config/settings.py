@@ -260,7 +260,7 @@ class RunConfig(_Frozen):
 
     teacher: str = Field(
         min_length=1,
-        description="an embedded teacher (digits-unet, digits-dit, shapes-sd), the folder of a diffusers pipeline, or a hub id",
+        description="an embedded teacher (digits-unet, digits-dit, shapes-sd, shapes-pixart), the folder of a diffusers pipeline, or a hub id",
     )
     teacher_options: TeacherOptions = Field(TeacherOptions(), description="how it is loaded")
     output: Path = Field(description="folder of the run; relative to where the command runs")

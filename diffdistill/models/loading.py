@@ -27,7 +27,7 @@ from diffdistill.models.network import Classes, EDMDenoiser, Family, FamilyDenoi
 from diffdistill.models.quantize import Quantization, quantize
 from diffdistill.models.weightless import on_meta
 
-EMBEDDED = ("digits-unet", "digits-dit", "shapes-sd")
+EMBEDDED = ("digits-unet", "digits-dit", "shapes-sd", "shapes-pixart")
 INDEX = "model_index.json"
 
 

@@ -21,6 +21,7 @@ from diffdistill.evaluation.shapes_detector import obeyed
 from diffdistill.math.schedules import VPSchedule
 from diffdistill.models.condition import Condition
 from diffdistill.models.loading import load_teacher
+from diffdistill.targets import open_target
 from diffdistill.training.teachers import clip, parts, text_diffusion, train_teacher
 from diffdistill.training.teachers.words import clip_tokenizer
 
@@ -84,7 +85,7 @@ def test_the_stock_pixart_pipeline_loads_it_and_makes_images(trained) -> None:
     ).images
     assert images.shape == (1, 3, 32, 32)
     assert dd.sample(trained / "pixart", num=2, prompts=["a small red circle"], steps=2).images.shape == (2, 3, 32, 32)
-    assert load_teacher(trained / "pixart").denoiser.kind == "epsilon"
+    assert load_teacher(trained / "pixart").denoiser.kind == "v_prediction"
     for words in (["a", "small", "red", "circle"], ["a", "zebra"]):
         ids = pipeline.tokenizer(" ".join(words)).input_ids
         assert pipeline.tokenizer.unk_token_id not in ids and ids[-1] == pipeline.tokenizer.eos_token_id
@@ -262,6 +263,20 @@ def test_the_shipped_autoencoder_keeps_what_images_show() -> None:
         decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in drawn.images.split(250)])
     share = obeyed(to_uint8(decoded.clamp(-1, 1)), drawn.scenes).relation.double().mean().item()
     assert share == pytest.approx(0.966, abs=0.004)  # the number of docs/teachers.md
+
+
+def test_the_shipped_transformer_obeys_the_captions_it_is_asked_for() -> None:
+    scenes, others = (draw_scenes(24, keyed_generator(name)) for name in ("asked for", "not asked for"))
+    target = open_target("shapes-pixart")
+    images = to_uint8(target.generator(target.sampler(8))(list(range(24)), scenes.captions()))
+    assert obeyed(images, scenes).relation.double().mean() >= 0.75  # 93 % of 40 others
+    assert obeyed(images, others).relation.double().mean() <= 0.1
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart"])
+def test_a_saved_pipeline_keeps_its_autoencoders_config_and_record(name: str, trained) -> None:
+    for file in ("config.json", parts.RECORD):
+        assert (trained / name / "vae" / file).read_text() == (trained / "vae" / file).read_text()
 
 
 def test_a_missing_autoencoder_is_one_clear_message(tmp_path) -> None:

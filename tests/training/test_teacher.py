@@ -39,6 +39,7 @@ SHIPPED = {
     "shapes-vae": "shapes-sd/vae",
     "shapes-clip": "shapes-clip",
     "shapes-sd": "shapes-sd",
+    "shapes-pixart": "shapes-pixart",
 }
 
 
