@@ -1,4 +1,4 @@
-"""Few-step LoRA students of the embedded text-to-image teacher beside the teacher itself, on the captioned shapes.
+"""Few-step LoRA students of the embedded text-to-image teachers beside the teachers themselves, on the captioned shapes.
 
 Every recipe of `configs/shapes/` is trained once (a killed run goes on where it was) and scored on protocol `shapes`: 5,000
 captions in each of three blocks of seeds. Scores are one JSON file each in `eval/results/`, so a study that was stopped
@@ -19,7 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
 RUNS = ROOT / "runs" / "shapes"
-TEACHER = "shapes-sd"
+TEACHERS = {"shapes-sd": "The UNet, `shapes-sd`", "shapes-pixart": "The transformer, `shapes-pixart`"}
 TEACHER_STEPS = 25
 NUM_COMPARED = 1000  # images of equal seeds in the comparison with the guided teacher's own
 
@@ -32,6 +32,7 @@ class Row(NamedTuple):
     steps: int
     stages: int | None = None  # trained stages; None for all
     guidance: float | None = None  # of the teacher; None for its own
+    teacher: str = "shapes-sd"
 
     @property
     def guided(self) -> bool:
@@ -53,6 +54,11 @@ ROWS = {
     "guidance-4": Row("guidance distillation, then progressive", "guidance", 4, stages=4),
     "guidance-2": Row("guidance distillation, then progressive", "guidance", 2, stages=5),
     "agd-25": Row("AGD", "agd", TEACHER_STEPS),
+    "pixart-teacher-25": Row("teacher, DDIM, guided", None, TEACHER_STEPS, teacher="shapes-pixart"),
+    "pixart-teacher-4": Row("teacher, DDIM, guided", None, 4, teacher="shapes-pixart"),
+    "pixart-teacher-2": Row("teacher, DDIM, guided", None, 2, teacher="shapes-pixart"),
+    "pixart-dmd2-4": Row("DMD2", "pixart-dmd2-4", 4, teacher="shapes-pixart"),
+    "pixart-dmd2-2": Row("DMD2", "pixart-dmd2-2", 2, teacher="shapes-pixart"),
 }
 
 
@@ -63,7 +69,7 @@ def target_of(row: Row) -> tuple[str, str | None]:
     from diffdistill.training.run import train
 
     if row.recipe is None:
-        return TEACHER, None
+        return row.teacher, None
     output = RUNS / row.recipe
     config = load_config(ROOT / "configs" / "shapes" / f"{row.recipe}.yaml", [f"output={output}"])
     train(config, resume=output.exists(), progress=False)
@@ -89,7 +95,7 @@ def difference(row: Row, target: str, checkpoint: str | None, protocol: str) -> 
 
     chosen = load_protocol(protocol)
     seeds, captions = list(chosen.seeds(0))[:NUM_COMPARED], chosen.asked(0)[:NUM_COMPARED]
-    asked, guided = open_target(target, checkpoint=checkpoint), open_target(TEACHER)
+    asked, guided = open_target(target, checkpoint=checkpoint), open_target(row.teacher)
     ours = asked.generator(asked.sampler(row.steps, row.guidance))(seeds, captions)
     theirs = guided.generator(guided.sampler(row.steps))(seeds, captions)
     return (ours - theirs).square().mean().sqrt().item()
@@ -120,6 +126,20 @@ def line(name: str, result: dict, teacher: dict | None) -> str:
     )
 
 
+def table(teacher: str, found: dict[str, dict]) -> list[str]:
+    """Return the rows of a teacher and its students, the best row of the teacher first."""
+    names = [name for name in ROWS if name in found and ROWS[name].teacher == teacher]
+    best = found.get(next(name for name, row in ROWS.items() if row.teacher == teacher))
+    return [
+        f"## {TEACHERS[teacher]}",
+        "",
+        "| | steps | NFE | obeyed, % | difference | CLIP score | difference | FID | ratio | same images |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(line(name, found[name], best) for name in names),
+        "",
+    ]
+
+
 def write_page(found: dict[str, dict]) -> None:
     """Write docs/shapes.md."""
     from diffdistill.files import write_atomic
@@ -135,10 +155,7 @@ def write_page(found: dict[str, dict]) -> None:
         f"{TEACHER_STEPS} guided steps. Every student is a LoRA of rank 32 on one frozen backbone, but for AGD's adapters. The last column is the "
         f"root mean square difference from the guided teacher's images of equal seeds, over {NUM_COMPARED:,} images with pixels in [-1, 1].",
         "",
-        "| | steps | NFE | obeyed, % | difference | CLIP score | difference | FID | ratio | same images |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(line(name, found[name], found.get("teacher-25")) for name in ROWS if name in found),
-        "",
+        *(text for teacher in TEACHERS for text in table(teacher, found)),
         f"Drawn images themselves: obeyed {100 * reference['obeyed']:.1f} %, CLIP score {reference['clip_score']:.2f}.",
     ]
     if notes.exists():
