@@ -108,8 +108,9 @@ class TensorCache:
         process_index: int = 0,
         num_processes: int = 1,
         progress: Callable[[int, int], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Compute this process's share of the missing shards; return how many.
+        """Compute this process's share of the missing shards; return how many it has computed.
 
         The other processes may still be at theirs when it returns: wait for them before reading.
 
@@ -117,6 +118,7 @@ class TensorCache:
             compute: returns the tensors of the rows asked for, name -> (len(rows), ...), on any device.
             process_index, num_processes: of how many processes this is which.
             progress: told after each shard how many of this share are done, of how many.
+            stop: asked before each shard whether to leave the others missing.
         Raises:
             ValueError: tensors that have not one row for each row asked for.
             UserError: NaN or infinite values, values beyond the range of the stored dtype, or rows that are not like those of
@@ -128,10 +130,12 @@ class TensorCache:
             self._slices(next(shard for shard in range(self.num_shards) if shard not in missing))  # what rows are like
         if process_index == 0:
             write_json(self.folder / "key.json", self.key)
-        for done, shard in enumerate(share, start=1):
+        for done, shard in enumerate(share):
+            if stop():
+                return done
             self.fill_shard(shard, compute)
             if progress is not None:
-                progress(done, len(share))
+                progress(done + 1, len(share))
         return len(share)
 
     def fill_shard(self, shard: int, compute: Compute) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,13 +39,18 @@ def build_accelerator(precision: str) -> Any:
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
 
 
-def build_processes(accelerator: Any) -> Processes:
-    """Return what the parts of a run that know no accelerator share their work by."""
+def build_processes(accelerator: Any, asked_to_stop: Callable[[], bool]) -> Processes:
+    """Return what the parts of a run that know no accelerator share their work by.
+
+    Args:
+        accelerator: of the run.
+        asked_to_stop: whether a signal came to this process.
+    """
 
     def any_of(yes: bool) -> bool:
         return bool(accelerator.reduce(torch.tensor(float(yes), device=accelerator.device)) > 0)
 
-    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, any_of)
+    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, any_of, asked_to_stop)
 
 
 def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:

@@ -105,7 +105,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Any, signals: StopSignals, show: bool) -> None:
         self.config, self.folder, self.accelerator, self.signals, self.show = config, folder, accelerator, signals, show
-        self.processes = build_processes(accelerator)
+        self.processes = build_processes(accelerator, lambda: signals.requested is not None)
         self.is_main = self.processes.is_main
         self.on_cpu = accelerator.device.type == "cpu"
         self.size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
@@ -253,7 +253,7 @@ class _Run:
                 optimizer.load_state(found.tensors[f"optimizer-{role}"])
             engine.load_state(found.state["engine"])
         for step in range(first, stage.steps):
-            engine.step(step, stop=self.signals.requested is not None)
+            engine.step(step, stop=self.processes.asked_to_stop())
             self.done += 1
             self.progress.advance()
             self._after_step(stage, engine, step)
@@ -293,12 +293,12 @@ class _Run:
     def _stops(self, engine: Engine, logs: bool) -> bool:
         """Return whether to stop; every process at the same step. With several GPUs at the next logged step."""
         if self.accelerator.num_processes == 1:
-            return self.signals.requested is not None
+            return self.processes.asked_to_stop()
         return (self.on_cpu or logs) and engine.stop_agreed()
 
     def _stop_where_asked(self, done: str) -> None:
         """Stop where a signal came to any process; every process calls it at the same place."""
-        if self.processes.any(self.signals.requested is not None):
+        if self.processes.any(self.processes.asked_to_stop()):
             raise self._stopped(done)
 
     def _stopped(self, done: str) -> Stopped:

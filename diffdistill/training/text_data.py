@@ -21,17 +21,19 @@ from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import Framing
 from diffdistill.training.progress import Progress
+from diffdistill.training.stopping import Stopped
 
 IMAGES_PER_PASS = 8  # of the autoencoder, which at 1024 pixels needs more memory than the network
 
 
 class Processes(NamedTuple):
-    """Which process of how many this is, how to wait for the others, and how to ask all whether any says yes."""
+    """Which process of how many this is, how to wait for the others and to ask all whether any says yes, and whether it should stop."""
 
     index: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
     any: Callable[[bool], bool] = lambda yes: yes
+    asked_to_stop: Callable[[], bool] = lambda: False
 
     @property
     def is_main(self) -> bool:
@@ -65,6 +67,7 @@ def text_source(
         show: whether this process shows how far its share is.
     Raises:
         UserError: a teacher that reads no text; files that are missing, empty or damaged; too many unreadable images.
+        Stopped: a process was asked to, and ended its shard; what is encoded is kept.
     """
     conditioner = _conditioner(teacher)
     if isinstance(data, CaptionsData):
@@ -117,10 +120,15 @@ def _fill(fillings: Sequence[_Filling], processes: Processes, show: bool) -> Non
 
     try:
         for filling, share in zip(fillings, shares, strict=True):
-            filling.cache.fill(filling.compute, *share, tell)
+            filling.cache.fill(filling.compute, *share, tell, processes.asked_to_stop)
     finally:
         progress.close()
     processes.wait()
+    if processes.any(processes.asked_to_stop()):
+        raise Stopped(
+            f"stopped while texts and images were encoded; what is done is kept in {fillings[0].cache.folder.parent}. Run the same "
+            "command again to go on."
+        )
 
 
 def _conditioner(teacher: Teacher) -> PromptConditioner:

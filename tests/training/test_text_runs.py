@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from diffdistill.models.loading import load_teacher
 from diffdistill.training.data_feed import build_source
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
+from diffdistill.training.stopping import Stopped
 
 PROMPTS = ["a fox", "a house", "a tree"]
 DMD2 = {"name": "dmd2", "student_steps": 2, "guidance": 3.0, "student_every": 1}
@@ -177,6 +180,26 @@ def test_encoding_is_shown_shard_by_shard_and_only_where_something_is_missing(pl
     build_source(run, teacher, show=True)
     build_source(parse_config(_with_data(place, data | {"cache": str(tmp_path / "silent")})), teacher)
     assert not capsys.readouterr().out
+
+
+def test_a_signal_stops_the_encoding_after_its_shard_and_the_same_command_goes_on(place, tmp_path, monkeypatch):
+    (tmp_path / "many.txt").write_text("".join(f"fox {k}\n" for k in range(600)))
+    data = {"kind": "prompts", "path": str(tmp_path / "many.txt"), "cache": str(tmp_path / "cache")}
+    values = _with_data(place, data) | {"output": str(tmp_path / "run")}
+    plain, encoded = PromptConditioner.values, []
+
+    def signalled(self, prompts, *sizes):
+        encoded.append(len(prompts))
+        if len(encoded) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, prompts, *sizes)
+
+    monkeypatch.setattr(PromptConditioner, "values", signalled)
+    with pytest.raises(Stopped, match=f"kept in {tmp_path / 'cache'}. Run the same command again"):
+        train(parse_config(values), progress=False)
+    assert encoded == [256] and not (tmp_path / "run" / "config.yaml").exists()
+    train(parse_config(values), progress=False)
+    assert encoded[:3] == [256, 256, 88]
 
 
 def test_other_prompts_or_encoders_are_another_cache(place, tmp_path):
