@@ -20,7 +20,7 @@ from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.network import FamilyDenoiser
-from diffdistill.sampling import stock
+from diffdistill.sampling import stock, stock_runs
 from diffdistill.sampling.generate import Generate, image_generator
 from diffdistill.sampling.sampler import DrawsNoise, Sampler
 
@@ -74,14 +74,14 @@ class StockSampler:
 
     def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
         """Return the final states."""
-        scheduler = stock.build_scheduler(self.config)
+        scheduler = stock_runs.build_scheduler(self.config)
         if self.guidance_as_input:
             like = next(iter(cond.values.values()))
             w = torch.full((cond.batch_size,), self.guidance, dtype=torch.float64, device=like.device)
             net, cond = denoiser, cond.with_values(guidance=w)
         else:
             net = guided(denoiser, self.guidance)
-        return stock.stock_sample(net, scheduler, self.num_steps, noise, cond, self.gives_sigmas)
+        return stock_runs.stock_sample(net, scheduler, self.num_steps, noise, cond, self.gives_sigmas)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from diffdistill.models.extras import ExtraInputs, extra_inputs_of
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.sampling.sampler import Sampler
-from diffdistill.sampling.stock import build_scheduler, scheduler_config, stock_times, visits, with_steps
+from diffdistill.sampling.stock import scheduler_config, stock_times, visits, with_steps
+from diffdistill.sampling.stock_runs import build_scheduler
 
 # Of the stock pipelines for UNet2DModel this one alone hands labels and generators on and keeps the scheduler it is given
 # (DDIMPipeline replaces it, DDPMPipeline knows no labels), so all of them are exported as it. Text families keep their own.

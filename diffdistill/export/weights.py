@@ -18,7 +18,7 @@ from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.extras import extra_modules
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
-from diffdistill.sampling.stock import build_scheduler
+from diffdistill.sampling.stock_runs import build_scheduler
 
 ADAPTER_PREFIX = "base_model.model."
 TEACHER_NOTES = "diffdistill_teacher.json"

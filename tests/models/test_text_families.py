@@ -27,7 +27,7 @@ from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import build_roles
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
-from diffdistill.sampling.stock import build_scheduler, stock_states
+from diffdistill.sampling.stock_runs import build_scheduler, stock_states
 
 PROMPTS = ["a red circle", "blue square left of it"]
 SEEDS = [3, 4]

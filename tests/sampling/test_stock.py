@@ -24,15 +24,8 @@ from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.sampling.noise import BatchNoise, Noise
 from diffdistill.sampling.sampler import Sampler
-from diffdistill.sampling.stock import (
-    build_scheduler,
-    scheduler_config,
-    stock_sample,
-    stock_states,
-    stock_times,
-    unipc,
-    with_steps,
-)
+from diffdistill.sampling.stock import scheduler_config, stock_times, unipc, with_steps
+from diffdistill.sampling.stock_runs import build_scheduler, stock_sample, stock_states
 
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 SCALED = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
