@@ -10,7 +10,7 @@ from torch import Tensor
 from diffdistill.data.shapes import parse_captions
 from diffdistill.evaluation.features import FeatureExtractor, Features, TextExtractor
 from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
-from diffdistill.evaluation.metrics import Sample
+from diffdistill.evaluation.metrics.sample import Sample
 from diffdistill.evaluation.moments import Moments
 from diffdistill.evaluation.shapes_detector import obeyed
 

@@ -22,7 +22,8 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Collector
 from diffdistill.evaluation.features import FeatureExtractor, load_extractor
 from diffdistill.evaluation.images import to_uint8
-from diffdistill.evaluation.metrics import METRICS, Sample, Value
+from diffdistill.evaluation.metrics.registry import METRICS
+from diffdistill.evaluation.metrics.sample import Sample, Value
 from diffdistill.evaluation.protocol import Protocol
 from diffdistill.evaluation.reference import Reference, build_reference, check_reference
 from diffdistill.models.conditioning import Asked

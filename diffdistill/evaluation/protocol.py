@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_scenes
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.evaluation.metrics import METRICS
+from diffdistill.evaluation.metrics.registry import METRICS
 from diffdistill.files import hash_json
 from diffdistill.mistakes import checked
 from diffdistill.yaml_files import read_yaml

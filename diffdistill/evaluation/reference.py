@@ -19,7 +19,7 @@ from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.collect import collect
 from diffdistill.evaluation.features import FeatureExtractor
 from diffdistill.evaluation.images import to_uint8
-from diffdistill.evaluation.metrics import Sample
+from diffdistill.evaluation.metrics.sample import Sample
 from diffdistill.evaluation.moments import Moments
 from diffdistill.evaluation.protocol import Protocol
 from diffdistill.files import sha256, write_atomic, write_json

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.metrics import METRICS
+from diffdistill.evaluation.metrics.registry import METRICS
 from diffdistill.evaluation.protocol import PROTOCOLS_FOLDER, Protocol, load_protocol, protocol_names
 from diffdistill.evaluation.reference import REFERENCES
 

@@ -1,0 +1,22 @@
+"""Metrics of the pixels themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from diffdistill.evaluation.metrics.sample import Sample, Value
+
+
+@dataclass(frozen=True)
+class PixelMetric:
+    """`saturated` and `contrast`: means of `images.pixel_statistics`, to be read beside those of the reference."""
+
+    needs: frozenset[str] = frozenset({"pixels"})
+    absolute: bool = True
+
+    def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
+        """Return both means with their standard errors."""
+        means = sample.pixels.mean(0).tolist()
+        errors = (sample.pixels.std(0) / math.sqrt(len(sample.pixels))).tolist()
+        return {name: Value(*pair) for name, *pair in zip(("saturated", "contrast"), means, errors, strict=True)}

@@ -1,0 +1,23 @@
+"""The metrics that a protocol can name."""
+
+from __future__ import annotations
+
+from diffdistill.evaluation.metrics.captions import ClipScoreMetric, ObeyedMetric
+from diffdistill.evaluation.metrics.frechet import FrechetMetric
+from diffdistill.evaluation.metrics.kernel import KernelMetric
+from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetric
+from diffdistill.evaluation.metrics.neighbours import PrecisionRecallMetric
+from diffdistill.evaluation.metrics.pixels import PixelMetric
+from diffdistill.evaluation.metrics.sample import Metric
+
+METRICS: dict[str, Metric] = {
+    "fid": FrechetMetric(),
+    "kid": KernelMetric(),
+    "kid_normalised": KernelMetric(normalised=True),
+    "precision_recall": PrecisionRecallMetric(),
+    "accuracy": AccuracyMetric(),
+    "diversity": DiversityMetric(),
+    "pixels": PixelMetric(),
+    "obeyed": ObeyedMetric(),
+    "clip_score": ClipScoreMetric(),
+}
