@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffdistill.evaluation.metrics.captions import ClipScoreMetric, ObeyedMetric
 from diffdistill.evaluation.metrics.frechet import FrechetMetric
+from diffdistill.evaluation.metrics.inception_score import InceptionScoreMetric
 from diffdistill.evaluation.metrics.kernel import KernelMetric
 from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetric
 from diffdistill.evaluation.metrics.neighbours import PrecisionRecallMetric
@@ -15,6 +16,7 @@ METRICS: dict[str, Metric] = {
     "kid": KernelMetric(),
     "kid_normalised": KernelMetric(normalised=True),
     "precision_recall": PrecisionRecallMetric(),
+    "inception_score": InceptionScoreMetric(),
     "accuracy": AccuracyMetric(),
     "diversity": DiversityMetric(),
     "pixels": PixelMetric(),
