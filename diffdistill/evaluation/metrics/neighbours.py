@@ -1,36 +1,28 @@
 """Metrics by nearest neighbours: which images lie in the balls around those of the other set.
 
-Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991).
+Sources: Kynkaanniemi et al. 2019 (arXiv:1904.06991) for precision and recall, Naeem et al. 2020 (arXiv:2002.09797) for
+density and coverage.
 """
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffdistill.evaluation.metrics.distances import squared_distance_blocks
 from diffdistill.evaluation.metrics.sample import Sample, Value
-
-ROWS_PER_BLOCK = 1024
-
-
-def _distance_blocks(x: Tensor, y: Tensor) -> typing.Iterator[Tensor]:
-    """Yield squared distances of blocks of rows of x to all of y, float64 (rows, M)."""
-    y_norms = y.square().sum(1)
-    for rows in x.split(ROWS_PER_BLOCK):
-        yield (rows.square().sum(1, keepdim=True) + y_norms - 2 * rows @ y.T).clamp(min=0)
 
 
 def neighbour_radii(x: Tensor, k: int) -> Tensor:
     """Return the squared distance of each row of x, float64 (N, d), to its k-th nearest other row, (N,)."""
-    return torch.cat([block.kthvalue(k + 1, dim=1).values for block in _distance_blocks(x, x)])
+    return torch.cat([block.kthvalue(k + 1, dim=1).values for block in squared_distance_blocks(x, x)])
 
 
-def coverage(points: Tensor, centres: Tensor, radii: Tensor) -> float:
+def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Return the share of points, (N, d), within the squared radius, (M,), of at least one centre, (M, d)."""
-    inside = [(block <= radii).any(1) for block in _distance_blocks(points, centres)]
+    inside = [(block <= radii).any(1) for block in squared_distance_blocks(points, centres)]
     return float(torch.cat(inside).double().mean())
 
 
@@ -43,7 +35,27 @@ def precision_recall(sample: Tensor, reference: Tensor, k: int = 3) -> tuple[flo
     if min(len(sample), len(reference)) <= k:
         raise ValueError(f"precision and recall need more than k={k} images; got {len(sample)} and {len(reference)}.")
     x, y = sample.double(), reference.double()
-    return coverage(x, y, neighbour_radii(y, k)), coverage(y, x, neighbour_radii(x, k))
+    return share_inside(x, y, neighbour_radii(y, k)), share_inside(y, x, neighbour_radii(x, k))
+
+
+def density_coverage(sample: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
+    """Return the mean number of the reference's k-nearest-neighbour balls around a sample, over k, and the share of balls not empty.
+
+    Balls are open, as in the published code; those of precision and recall are closed. For two samples of one distribution
+    the density is 1 on average, whatever N and M, and the coverage 1 - prod_i (M - i) / (N + M - i), i = 1 to k. Samples
+    crowded where the reference is dense have a density above 1.
+
+    Args:
+        sample: (N, d), not empty. reference: (M, d), longer than k. Taken to float64.
+    """
+    if not len(sample) or len(reference) <= k:
+        raise ValueError(
+            f"density and coverage need an image, and more than k={k} of the reference; got {len(sample)} and {len(reference)}."
+        )
+    x, y = sample.double(), reference.double()
+    radii = neighbour_radii(y, k)
+    members = torch.stack([(block < radii).sum(0) for block in squared_distance_blocks(x, y)]).sum(0)  # (M,)
+    return float(members.sum()) / (k * len(x)), float((members > 0).double().mean())
 
 
 def seeded_subset(x: Tensor, size: int, seed: int) -> Tensor:
@@ -52,6 +64,12 @@ def seeded_subset(x: Tensor, size: int, seed: int) -> Tensor:
         return x
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:size]
     return x[chosen.sort().values]
+
+
+def equal_subsets(sample: Sample, reference: Sample, max_images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return features of both in seeded subsets of the size of the smaller set, at most `max_images`: shares depend on N and M."""
+    size = min(max_images, len(sample.features), len(reference.features))
+    return seeded_subset(sample.features, size, seed), seeded_subset(reference.features, size, seed)
 
 
 @dataclass(frozen=True)
@@ -64,8 +82,21 @@ class PrecisionRecallMetric:
     absolute: bool = False
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
-        """Return precision and recall on seeded subsets of the size of the smaller set, at most `max_images`."""
-        size = min(self.max_images, len(sample.features), len(reference.features))
-        sets = (seeded_subset(side.features, size, seed) for side in (sample, reference))
-        precision, recall = precision_recall(*sets, k=self.k)
+        """Return precision and recall on `equal_subsets`."""
+        precision, recall = precision_recall(*equal_subsets(sample, reference, self.max_images, seed), k=self.k)
         return {"precision": Value(precision), "recall": Value(recall)}
+
+
+@dataclass(frozen=True)
+class DensityCoverageMetric:
+    """`density` and `coverage` with k = 5, on equal numbers of both sets; equal distributions give 1 and about 1 - 2^-k."""
+
+    k: int = 5
+    max_images: int = 10_000
+    needs: frozenset[str] = frozenset({"features"})
+    absolute: bool = False
+
+    def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
+        """Return density and coverage on `equal_subsets`."""
+        density, coverage = density_coverage(*equal_subsets(sample, reference, self.max_images, seed), k=self.k)
+        return {"density": Value(density), "coverage": Value(coverage)}

@@ -7,7 +7,7 @@ from diffdistill.evaluation.metrics.frechet import FrechetMetric
 from diffdistill.evaluation.metrics.inception_score import InceptionScoreMetric
 from diffdistill.evaluation.metrics.kernel import KernelMetric
 from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetric
-from diffdistill.evaluation.metrics.neighbours import PrecisionRecallMetric
+from diffdistill.evaluation.metrics.neighbours import DensityCoverageMetric, PrecisionRecallMetric
 from diffdistill.evaluation.metrics.pixels import PixelMetric
 from diffdistill.evaluation.metrics.sample import Metric
 
@@ -16,6 +16,7 @@ METRICS: dict[str, Metric] = {
     "kid": KernelMetric(),
     "kid_normalised": KernelMetric(normalised=True),
     "precision_recall": PrecisionRecallMetric(),
+    "density_coverage": DensityCoverageMetric(),
     "inception_score": InceptionScoreMetric(),
     "accuracy": AccuracyMetric(),
     "diversity": DiversityMetric(),
