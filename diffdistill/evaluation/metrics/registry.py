@@ -10,6 +10,7 @@ from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetri
 from diffdistill.evaluation.metrics.neighbours import DensityCoverageMetric, PrecisionRecallMetric
 from diffdistill.evaluation.metrics.pixels import PixelMetric
 from diffdistill.evaluation.metrics.sample import Metric
+from diffdistill.evaluation.metrics.vendi import VendiMetric
 
 METRICS: dict[str, Metric] = {
     "fid": FrechetMetric(),
@@ -17,6 +18,7 @@ METRICS: dict[str, Metric] = {
     "kid_normalised": KernelMetric(normalised=True),
     "precision_recall": PrecisionRecallMetric(),
     "density_coverage": DensityCoverageMetric(),
+    "vendi": VendiMetric(),
     "inception_score": InceptionScoreMetric(),
     "accuracy": AccuracyMetric(),
     "diversity": DiversityMetric(),
