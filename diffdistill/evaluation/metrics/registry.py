@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffdistill.evaluation.metrics.captions import ClipScoreMetric, ObeyedMetric
 from diffdistill.evaluation.metrics.frechet import FrechetMetric
 from diffdistill.evaluation.metrics.inception_score import InceptionScoreMetric
-from diffdistill.evaluation.metrics.kernel import KernelMetric
+from diffdistill.evaluation.metrics.kernel import CmmdMetric, KernelMetric
 from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetric
 from diffdistill.evaluation.metrics.neighbours import DensityCoverageMetric, PrecisionRecallMetric
 from diffdistill.evaluation.metrics.pixels import PixelMetric
@@ -16,6 +16,7 @@ METRICS: dict[str, Metric] = {
     "fid": FrechetMetric(),
     "kid": KernelMetric(),
     "kid_normalised": KernelMetric(normalised=True),
+    "cmmd": CmmdMetric(),
     "precision_recall": PrecisionRecallMetric(),
     "density_coverage": DensityCoverageMetric(),
     "vendi": VendiMetric(),

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from metric_cases import normal, sample_of
+from metric_cases import F64, normal, sample_of
 
-from diffdistill.evaluation.metrics.kernel import KernelMetric, kernel_distance, polynomial_mmd2
+from diffdistill.evaluation.metrics.kernel import CmmdMetric, KernelMetric, gaussian_mmd2, kernel_distance, polynomial_mmd2
 
 
 def direct_mmd2(x, y):
@@ -48,3 +48,61 @@ def test_normalised_kernel_ignores_the_unit_of_the_features():
     metric = KernelMetric(normalised=True)
     assert metric(*scaled, 0)["kid"].value == pytest.approx(metric(x, y, 0)["kid"].value, rel=1e-9)
     assert KernelMetric()(*scaled, 0)["kid"].value > 1000 * KernelMetric()(x, y, 0)["kid"].value
+
+
+# --- The Gaussian kernel
+
+
+def test_gaussian_mmd_of_a_few_points_is_worked_by_hand():
+    near = math.exp(-(3.0**2) / (2 * 2.0**2))
+    zero, both = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    assert gaussian_mmd2(both[:1], both[1:], sigma=2.0) == pytest.approx(2 - 2 * near, rel=1e-12)
+    # (2 + 2 near) / 4 + 1 - (1 + near): pairs of a point with itself count.
+    assert gaussian_mmd2(both, zero, sigma=2.0) == pytest.approx((1 - near) / 2, rel=1e-12)
+
+
+def test_gaussian_mmd_of_a_set_with_itself_is_zero_in_any_order():
+    x = normal(40, 5)
+    assert gaussian_mmd2(x, x.flip(0), sigma=1.0) == pytest.approx(0.0, abs=1e-14)
+
+
+def test_gaussian_mmd_of_gaussians_has_the_expectation_of_the_biased_estimator():
+    d, sigma, n, m, repeats = 3, 1.5, 20, 30, 300
+    sd_x, sd_y, shift = 1.0, 0.5, torch.tensor([0.5, -0.2, 0.3], dtype=F64)
+
+    def expected_kernel(variance, mean_shift):  # E exp(-|z|^2 / (2 sigma^2)) of z ~ N(mean_shift, variance I)
+        total = sigma**2 + variance
+        return (sigma**2 / total) ** (d / 2) * math.exp(-float(mean_shift.square().sum()) / (2 * total))
+
+    within_x, within_y = expected_kernel(2 * sd_x**2, 0 * shift), expected_kernel(2 * sd_y**2, 0 * shift)
+    limit = within_x + within_y - 2 * expected_kernel(sd_x**2 + sd_y**2, shift)
+    bias = (1 - within_x) / n + (1 - within_y) / m
+    pairs = [(normal(n, d, seed=2 * s) * sd_x, normal(m, d, seed=2 * s + 1) * sd_y + shift) for s in range(repeats)]
+    found = torch.tensor([gaussian_mmd2(x, y, sigma) for x, y in pairs])
+    error = float(found.std()) / math.sqrt(repeats)
+    assert abs(found.mean() - (limit + bias)) < 3 * error
+    assert bias > 10 * error  # so the unbiased estimator would fail the line above
+
+
+def test_blocks_change_nothing(monkeypatch):
+    x, y = normal(30, 5), normal(25, 5, seed=1) + 1
+    whole = gaussian_mmd2(x, y, sigma=2.0)
+    monkeypatch.setattr("diffdistill.evaluation.metrics.distances.ROWS_PER_BLOCK", 7)
+    assert gaussian_mmd2(x, y, sigma=2.0) == pytest.approx(whole, rel=1e-12)
+
+
+def test_cmmd_sees_directions_alone_at_the_published_scale():
+    one, other = torch.tensor([[5.0, 0.0]]).expand(4, 2), torch.tensor([[0.0, 0.1]]).expand(6, 2)
+    metric = CmmdMetric()
+    found = metric(sample_of(one), sample_of(other), 0)["cmmd"]
+    assert found == (pytest.approx(2000 * (1 - math.exp(-2 / 200)), rel=1e-10), None)
+    assert metric(sample_of(one), sample_of(7 * one), 0)["cmmd"].value == pytest.approx(0.0, abs=1e-10)
+    with pytest.raises(ValueError, match="4 of 4 feature vectors are zero"):
+        metric(sample_of(0 * one), sample_of(other), 0)
+
+
+def test_cmmd_is_nearly_ten_times_the_squared_distance_of_the_mean_directions():
+    x, y = normal(50, 8) + 1, normal(60, 8, seed=1) + 0.5
+    means = [torch.nn.functional.normalize(z).mean(0) for z in (x, y)]
+    expected = 10 * float((means[0] - means[1]).square().sum())
+    assert CmmdMetric()(sample_of(x), sample_of(y), 0)["cmmd"].value == pytest.approx(expected, rel=0.02)
