@@ -15,6 +15,7 @@ from diffdistill.evaluation.moments import Moments
 from diffdistill.evaluation.shapes_detector import obeyed
 
 IMAGES_PER_BLOCK = 500
+LARGE = frozenset({"features", "spatial"})  # fields of a `Sample` that are left out where no metric reads them
 
 
 class Collector:
@@ -24,10 +25,17 @@ class Collector:
     sums differently, and the result would then depend on how the generator was batched.
     """
 
-    def __init__(self, extractor: FeatureExtractor, groups: Tensor, keep_features: bool = True):
-        """Prepare for len(groups) images; groups is int64 (N,), the jackknife group of each, numbered from 0."""
-        self.extractor, self.groups, self.keep_features = extractor, groups, keep_features
+    def __init__(self, extractor: FeatureExtractor, groups: Tensor, keep: frozenset[str] = LARGE):
+        """Prepare for len(groups) images.
+
+        Args:
+            extractor: what sees the images.
+            groups: int64 (N,), the jackknife group of each image, numbered from 0.
+            keep: fields of `Sample` that are wanted; those of LARGE that are not among them will be None.
+        """
+        self.extractor, self.groups, self.keep = extractor, groups, keep
         self.moments = Moments(extractor.dim, int(groups.max()) + 1)
+        self.spatial: Moments | None = None
         self.waiting: list[Tensor] = []
         self.features: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -65,10 +73,10 @@ class Collector:
             if len(rest):
                 self._extract(rest)
         self.waiting = []
-        features = torch.cat(self.features) if self.keep_features else None
+        features = torch.cat(self.features) if self.features else None
         logits = torch.cat(self.logits) if self.logits else None
         obeys = torch.cat(self.obeyed) if self.obeyed else None
-        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels), self._texts(), obeys)
+        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels), self._texts(), obeys, self.spatial)
 
     def _texts(self) -> Tensor | None:
         """Return the vectors of the captions, (N, d), or None without captions or without an extractor that reads."""
@@ -80,9 +88,14 @@ class Collector:
     def _extract(self, images: Tensor) -> None:
         result: Features = self.extractor(images)
         features, done = result.features.cpu(), self.moments.count
-        self.moments.update(features, self.groups[done : done + len(images)])
-        if self.keep_features:
+        groups = self.groups[done : done + len(images)]
+        self.moments.update(features, groups)
+        if "features" in self.keep:
             self.features.append(features)
+        if "spatial" in self.keep and result.spatial is not None:
+            if self.spatial is None:
+                self.spatial = Moments(result.spatial.shape[1], self.moments.num_groups)
+            self.spatial.update(result.spatial, groups)
         if result.logits is not None:
             self.logits.append(result.logits.cpu())
 

@@ -269,8 +269,8 @@ class _Run:
         )
 
     def _start_block(self) -> None:
-        keep = any("features" in METRICS[name].needs for name in self.protocol.metrics)
-        self.collector = Collector(self.extractor, self.protocol.groups(), keep)
+        needs = frozenset().union(*(METRICS[name].needs for name in self.protocol.metrics))
+        self.collector = Collector(self.extractor, self.protocol.groups(), needs)
         self.labels: list[Tensor] = []
 
     def _score_block(self) -> None:

@@ -21,10 +21,17 @@ DIGITS_FOLDER = Path(__file__).parents[1] / "assets" / "digits-classifier"
 
 
 class Features(typing.NamedTuple):
-    """What an extractor says of a batch: features float32 (B, d), and logits float32 (B, K) of a classifier or None."""
+    """What an extractor says of a batch, all float32.
+
+    Attributes:
+        features: (B, d).
+        logits: (B, K) of a classifier, or None.
+        spatial: (B, s), features that still say where in the image, flattened, or None. sFID is measured on them.
+    """
 
     features: Tensor
     logits: Tensor | None = None
+    spatial: Tensor | None = None
 
 
 class FeatureExtractor(typing.Protocol):
@@ -131,13 +138,13 @@ class DigitsExtractor:
 
 @dataclass(frozen=True)
 class CallableExtractor:
-    """Any function from uint8 images (B, C, H, W) to features (B, d), or to (features, logits), as an extractor.
+    """Any function from uint8 images (B, C, H, W) to features (B, d), or to the fields of `Features`, as an extractor.
 
     The fingerprint is the caller's word for the weights: a hex sha256, for a module `weights_fingerprint(module)`. Put
     a module into eval mode first; gradients, autocast and TF32 are switched off here.
     """
 
-    function: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+    function: Callable[[Tensor], Tensor | tuple[Tensor | None, ...]]
     name: str
     fingerprint: str
     dim: int
@@ -149,12 +156,12 @@ class CallableExtractor:
         check_uint8_images(images, self.channels, self.size)
         with strict_float32():
             result = self.function(images)
-        features, logits = result if isinstance(result, tuple) else (result, None)
-        if tuple(features.shape) != (len(images), self.dim):
+        found = Features(*result) if isinstance(result, tuple) else Features(result)
+        if tuple(found.features.shape) != (len(images), self.dim):
             raise ValueError(
-                f"extractor {self.name!r} must return features ({len(images)}, {self.dim}); got {tuple(features.shape)}."
+                f"extractor {self.name!r} must return features ({len(images)}, {self.dim}); got {tuple(found.features.shape)}."
             )
-        return Features(features.float(), None if logits is None else logits.float())
+        return Features(*(None if part is None else part.float() for part in found))
 
 
 def shapes_clip(device: str | torch.device = "cpu") -> ClipExtractor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ class RealImages(NamedTuple):
 
 
 SAVED = ("features", "logits", "labels", "pixels", "texts", "obeyed")  # fields of a `Sample` beside its moments
+MOMENTS = ("moments", "spatial")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def save_reference(reference: Reference, path: str | Path) -> Path:
     """Write PATH (npz) and PATH with suffix .json (provenance and the sha256 of the npz), each atomically."""
     path = Path(path)
     sample = reference.sample
-    tensors = {f"moments.{key}": value for key, value in sample.moments.state().items()}
+    states = {name: moments.state() for name in MOMENTS if (moments := getattr(sample, name)) is not None}
+    tensors = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
     fields = {key: getattr(sample, key) for key in SAVED}
     tensors |= {key: value for key, value in fields.items() if value is not None}
     buffer = io.BytesIO()
@@ -146,13 +148,17 @@ def load_reference(path: str | Path, protocol: Protocol, extractor: FeatureExtra
         raise UserError(f"{path} is not the file that {sidecar.name} describes. Delete both; they are built again.")
     with np.load(path) as stored:
         tensors = {key: torch.from_numpy(stored[key]) for key in stored.files}
-    moments = Moments.from_state(
-        {key.removeprefix("moments."): value for key, value in tensors.items() if key.startswith("moments.")}
-    )
-    fields = (tensors.get(key) for key in SAVED)
-    reference = Reference(Sample(moments, *fields), provenance)
+    moments = {name: _moments(name, tensors) for name in MOMENTS}
+    fields = {key: tensors.get(key) for key in SAVED}
+    reference = Reference(Sample(**moments, **fields), provenance)
     check_reference(reference, protocol, extractor)
     return reference
+
+
+def _moments(name: str, tensors: Mapping[str, Tensor]) -> Moments | None:
+    """Return the moments stored as NAME.key, None where there are none."""
+    state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return Moments.from_state(state) if state else None
 
 
 def reference_for(protocol: Protocol, extractor: FeatureExtractor, cache: str | Path | None = None) -> Reference:

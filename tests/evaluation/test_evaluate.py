@@ -10,6 +10,7 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.evaluate import Evaluation, evaluate, evaluate_images
 from diffdistill.evaluation.features import CallableExtractor, DigitsExtractor
 from diffdistill.evaluation.images import from_uint8, to_uint8
+from diffdistill.evaluation.metrics.frechet import frechet_distance
 from diffdistill.evaluation.protocol import Protocol, load_protocol
 from diffdistill.evaluation.reference import all_digits, build_reference
 from diffdistill.files import write_json
@@ -175,6 +176,29 @@ def test_a_callable_serves_as_extractor(monkeypatch):
     assert 0 < found.mean("fid") < 1
     assert found.skipped == {"accuracy": "needs logits"}
     assert found.fingerprint == "1" * 64
+
+
+def halves(images):
+    """The mean of the image as its feature; those of its upper and its lower half as the spatial ones."""
+    rows = images.float().mean((1, 3)) / 255
+    return rows.mean(1, keepdim=True), None, torch.stack([rows[:, :4].mean(1), rows[:, 4:].mean(1)], 1)
+
+
+def test_sfid_sees_where_in_the_image_and_fid_does_not():
+    split = CallableExtractor(halves, "halves", "1" * 64, dim=1)
+    protocol = small(extractor="halves", metrics=["fid", "sfid"], num_images=1797, first_seeds=[0])
+    reference = build_reference(protocol, split)
+    flipped = evaluate_images(REAL.images.flip(2), None, protocol, extractor=split, reference=reference)
+    mean, covariance = reference.sample.spatial.mean(), reference.sample.spatial.covariance()
+    expected = frechet_distance(mean.flip(0), covariance.flip(0, 1), mean, covariance).value
+    assert flipped.mean("sfid") == pytest.approx(expected, rel=1e-4)
+    assert flipped.mean("fid") < 1e-6 * expected
+    assert flipped.values["sfid"].se > 0
+
+
+def test_sfid_of_an_extractor_without_spatial_features_is_skipped(extractor):
+    found = evaluate_images(REAL.images[:700], None, small(metrics=["sfid"], first_seeds=[0]), extractor=extractor)
+    assert found.skipped == {"sfid": "needs spatial"}
 
 
 def test_an_extractor_that_the_protocol_does_not_name_is_refused():

@@ -56,5 +56,8 @@ def test_callable_extractor_checks_its_function():
     flat = CallableExtractor(lambda x: x.flatten(1).double(), "flat", "0" * 64, dim=4)
     assert flat(images).features.dtype == torch.float32
     assert flat(images).logits is None
+    spatial = CallableExtractor(lambda x: (x.flatten(1), None, x[:, :, 0].flatten(1)), "rows", "0" * 64, dim=4)(images)
+    assert spatial.logits is None
+    assert (spatial.spatial.shape, spatial.spatial.dtype) == ((3, 2), torch.float32)
     with pytest.raises(ValueError, match=r"\(3, 5\)"):
         CallableExtractor(lambda x: x.flatten(1), "flat", "0" * 64, dim=5)(images)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.features import DigitsExtractor
+from diffdistill.evaluation.features import CallableExtractor, DigitsExtractor
 from diffdistill.evaluation.protocol import Protocol, load_protocol
 from diffdistill.evaluation.reference import (
     all_digits,
@@ -51,6 +51,17 @@ def test_the_file_gives_everything_back(tmp_path, reference, extractor):
     assert torch.equal(again.sample.moments.covariance(), reference.sample.moments.covariance())
     for field in ("features", "logits", "labels", "pixels"):
         assert torch.equal(getattr(again.sample, field), getattr(reference.sample, field))
+    assert again.sample.spatial is None
+
+
+def test_the_file_keeps_spatial_moments(tmp_path):
+    spatial = CallableExtractor(lambda x: (x.float().mean((2, 3)), None, x[:, 0, 3]), "digits", "1" * 64, dim=1)
+    built = build_reference(load_protocol("digits"), spatial)
+    again = load_reference(save_reference(built, tmp_path / "digits.npz"), load_protocol("digits"), spatial)
+    assert again.sample.spatial.dim == 8
+    assert again.sample.spatial.count == 1797
+    assert torch.equal(again.sample.spatial.covariance(), built.sample.spatial.covariance())
+    assert torch.equal(again.sample.moments.covariance(), built.sample.moments.covariance())
 
 
 def test_other_weights_or_images_are_refused_by_name(reference, extractor):

@@ -1,7 +1,7 @@
 """The Frechet distance of two Gaussians, from factors of their covariances.
 
 All is float64: float32 in the square root of a covariance product is off by 0.06 at d = 2048.
-Source: Heusel et al. 2017 (arXiv:1706.08500).
+Sources: Heusel et al. 2017 (arXiv:1706.08500), Nash et al. 2021 (arXiv:2103.03841) for sFID.
 """
 
 from __future__ import annotations
@@ -81,6 +81,18 @@ def jackknife_frechet(moments: Moments, mean: Tensor, factor: Tensor) -> tuple[F
     return whole, jackknife(whole.value, parts, moments.counts.tolist())
 
 
+def frechet_values(name: str, sample: Moments, reference: Moments) -> dict[str, Value]:
+    """Return the distance as `name` (its se is the jackknife's) and `name`_jackknife; warns when images are fewer than dimensions."""
+    smallest = min(sample.count, reference.count)
+    if smallest <= sample.dim:
+        warnings.warn(
+            f"{smallest} images for {sample.dim} features: the covariance is singular and the Frechet distance mostly bias.",
+            stacklevel=3,
+        )
+    whole, corrected = jackknife_frechet(sample, reference.mean(), covariance_factor(reference.covariance()))
+    return {name: Value(whole.value, corrected.se), f"{name}_jackknife": corrected}
+
+
 @dataclass(frozen=True)
 class FrechetMetric:
     """`fid`: Frechet distance, lower is better; `fid_jackknife`: the same without its 1/N bias, with standard error."""
@@ -89,14 +101,17 @@ class FrechetMetric:
     absolute: bool = False
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
-        """Return fid (its se is the jackknife's) and fid_jackknife; warns when images are fewer than dimensions."""
-        smallest = min(sample.moments.count, reference.moments.count)
-        if smallest <= sample.moments.dim:
-            warnings.warn(
-                f"{smallest} images for {sample.moments.dim} features: the covariance is singular and the "
-                "Frechet distance mostly bias.",
-                stacklevel=2,
-            )
-        factor = covariance_factor(reference.moments.covariance())
-        whole, corrected = jackknife_frechet(sample.moments, reference.moments.mean(), factor)
-        return {"fid": Value(whole.value, corrected.se), "fid_jackknife": corrected}
+        """Return fid and fid_jackknife."""
+        return frechet_values("fid", sample.moments, reference.moments)
+
+
+@dataclass(frozen=True)
+class SpatialFrechetMetric:
+    """`sfid` and `sfid_jackknife`: `FrechetMetric` on features that say where in the image, so that layout counts."""
+
+    needs: frozenset[str] = frozenset({"spatial"})
+    absolute: bool = False
+
+    def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
+        """Return sfid and sfid_jackknife."""
+        return frechet_values("sfid", sample.spatial, reference.spatial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffdistill.evaluation.metrics.captions import ClipScoreMetric, ObeyedMetric
-from diffdistill.evaluation.metrics.frechet import FrechetMetric
+from diffdistill.evaluation.metrics.frechet import FrechetMetric, SpatialFrechetMetric
 from diffdistill.evaluation.metrics.inception_score import InceptionScoreMetric
 from diffdistill.evaluation.metrics.kernel import CmmdMetric, KernelMetric
 from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetric
@@ -14,6 +14,7 @@ from diffdistill.evaluation.metrics.vendi import VendiMetric
 
 METRICS: dict[str, Metric] = {
     "fid": FrechetMetric(),
+    "sfid": SpatialFrechetMetric(),
     "kid": KernelMetric(),
     "kid_normalised": KernelMetric(normalised=True),
     "cmmd": CmmdMetric(),

@@ -29,6 +29,7 @@ class Sample:
         pixels: float64 (N, 2), see `images.pixel_statistics`.
         texts: float32 (N, d), the vectors of the captions asked for, or None without captions or an extractor that reads them.
         obeyed: bool (N, 4), the parts of its caption that an image obeys, see `shapes_detector.Obeyed`, or None.
+        spatial: moments of the extractor's spatial features, in the same groups, or None where it has none or no metric asked.
     """
 
     moments: Moments
@@ -38,6 +39,7 @@ class Sample:
     pixels: Tensor
     texts: Tensor | None = None
     obeyed: Tensor | None = None
+    spatial: Moments | None = None
 
 
 class Metric(typing.Protocol):

@@ -1,13 +1,20 @@
 """The Frechet distance against closed forms, scipy and clean-fid, and the metric with its jackknife."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from metric_cases import F64, covariance, normal, sample_of
 
-from diffdistill.evaluation.metrics.frechet import FrechetMetric, covariance_factor, frechet_distance, jackknife_frechet
+from diffdistill.evaluation.metrics.frechet import (
+    FrechetMetric,
+    SpatialFrechetMetric,
+    covariance_factor,
+    frechet_distance,
+    jackknife_frechet,
+)
 
 
 def test_frechet_of_diagonal_gaussians_is_the_closed_form():
@@ -98,3 +105,12 @@ def test_frechet_metric_carries_the_jackknife_error_and_warns_when_images_are_fe
     assert values["fid_jackknife"].value < values["fid"].value
     with pytest.warns(UserWarning, match="singular"):
         FrechetMetric()(sample_of(normal(6, 6), 3), reference, 0)
+
+
+def test_sfid_is_the_frechet_metric_of_the_spatial_features():
+    spatial, real_spatial = sample_of(normal(60, 6, seed=2) * 2, 6), sample_of(normal(100, 6, seed=3))
+    sample = replace(sample_of(normal(60, 4), 6), spatial=spatial.moments)
+    reference = replace(sample_of(normal(100, 4, seed=1)), spatial=real_spatial.moments)
+    found, expected = SpatialFrechetMetric()(sample, reference, 0), FrechetMetric()(spatial, real_spatial, 0)
+    assert found == {"sfid": expected["fid"], "sfid_jackknife": expected["fid_jackknife"]}
+    assert found["sfid"].value > 2 * FrechetMetric()(sample, reference, 0)["fid"].value
