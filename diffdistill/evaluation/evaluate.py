@@ -61,7 +61,7 @@ class Evaluation:
         extractor, fingerprint: name and hex sha256 of the weights of the feature extractor.
         reference: provenance of the real images' statistics.
         num_images, num_blocks: images in one block, and blocks scored.
-        values: by name, e.g. fid, fid_jackknife, kid, precision, recall, accuracy, diversity, saturated, contrast.
+        values: by name, e.g. fid, fid_jackknife, precision, accuracy, contrast; the classes in `metrics` say which.
         reference_values: the figures that also exist for the real images, e.g. their accuracy and contrast.
         skipped: metrics that could not run, with the reason.
         num_steps, nfe: steps and network evaluations per image, as the caller says; None when unknown.

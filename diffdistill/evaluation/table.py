@@ -23,6 +23,7 @@ class Row:
         ms_per_image: generation time.
         obeyed: share of captions obeyed, in [0, 1]. clip_score: 0 to 100.
         kid: kernel distance. precision, recall: in [0, 1].
+        sfid, cmmd, inception_score, density, coverage, vendi: as the metrics of these names have them.
     """
 
     method: str
@@ -37,11 +38,19 @@ class Row:
     recall: float | None = None
     obeyed: float | None = None
     clip_score: float | None = None
+    sfid: float | None = None
+    cmmd: float | None = None
+    inception_score: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    vendi: float | None = None
 
     @classmethod
     def from_evaluation(cls, method: str, evaluation: Evaluation) -> Row:
         """Take the figures of an evaluation under a method's name."""
-        names = ("fid", "accuracy", "kid", "precision", "recall", "obeyed", "clip_score")
+        distances = ("fid", "sfid", "kid", "cmmd")
+        spreads = ("precision", "recall", "density", "coverage", "vendi")
+        scores = ("accuracy", "inception_score", "obeyed", "clip_score")
         fid = evaluation.values.get("fid")
         return cls(
             method=method,
@@ -49,7 +58,7 @@ class Row:
             nfe=evaluation.nfe,
             fid_sd=fid.sd if fid else None,
             ms_per_image=evaluation.ms_per_image,
-            **{name: evaluation.mean(name) for name in names},
+            **{name: evaluation.mean(name) for name in distances + spreads + scores},
         )
 
 
@@ -87,6 +96,12 @@ COLUMNS = (
     Column("KID ↓", _number("kid", ".3g")),
     Column("precision ↑", _number("precision", ".3f")),
     Column("recall ↑", _number("recall", ".3f")),
+    Column("density ↑", _number("density", ".3f")),
+    Column("coverage ↑", _number("coverage", ".3f")),
+    Column("sFID ↓", _number("sfid", ".2f")),
+    Column("CMMD ↓", _number("cmmd", ".3f")),
+    Column("IS ↑", _number("inception_score", ".2f")),
+    Column("Vendi ↑", _number("vendi", ".2f")),
 )
 
 

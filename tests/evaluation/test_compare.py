@@ -1,12 +1,14 @@
 """Comparison and the terminal table."""
 
+from dataclasses import replace
+
 import pytest
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.compare import compare
 from diffdistill.evaluation.evaluate import Evaluation, Summary
 from diffdistill.evaluation.protocol import Protocol, load_protocol
-from diffdistill.evaluation.table import Row, table
+from diffdistill.evaluation.table import Row, columns_of, table
 
 
 def evaluation(fid=3.0, fingerprint="0" * 64, num_blocks=2, **fields):
@@ -79,6 +81,22 @@ def test_table_shows_figures_and_leaves_out_empty_columns():
     assert "KID" not in text
     assert "recall" not in text
     assert "\x1b" not in text  # no colours: it may go into a file
+
+
+def test_every_distribution_metric_has_its_own_column():
+    figures = {"sfid": 1.5, "cmmd": 0.25, "inception_score": 9.5, "density": 1.125, "coverage": 0.875, "vendi": 4.5}
+    report = replace(evaluation(), values={name: Summary(value, None, None, (value,)) for name, value in figures.items()})
+    row = Row.from_evaluation("a", report)
+    cells = {column.title: column.text(row) for column in columns_of([row])}
+    del cells["method"], cells["steps"], cells["NFE"], cells["ms/image ↓"]
+    assert cells == {
+        "density ↑": "1.125",
+        "coverage ↑": "0.875",
+        "sFID ↓": "1.50",
+        "CMMD ↓": "0.250",
+        "IS ↑": "9.50",
+        "Vendi ↑": "4.50",
+    }
 
 
 def test_table_fits_the_width_asked_for():
