@@ -95,7 +95,7 @@ class Collector:
         if "spatial" in self.keep and result.spatial is not None:
             if self.spatial is None:
                 self.spatial = Moments(result.spatial.shape[1], self.moments.num_groups)
-            self.spatial.update(result.spatial, groups)
+            self.spatial.update(result.spatial.cpu(), groups)
         if result.logits is not None:
             self.logits.append(result.logits.cpu())
 
