@@ -6,21 +6,27 @@ goes on where it was.
 
     python eval/shapes_study.py [--rows lcm-2 lcm-4]       # train and score what is missing, then write docs/shapes.md
     python eval/shapes_study.py --table                    # only write docs/shapes.md from the scores that exist
+    python eval/shapes_study.py --picture --rows pixart-teacher-25 pixart-dmd2-4   # only draw docs/shapes.png
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
 RUNS = ROOT / "runs" / "shapes"
 TEACHERS = {"shapes-sd": "The UNet, `shapes-sd`", "shapes-pixart": "The transformer, `shapes-pixart`"}
 TEACHER_STEPS = 25
+NUM_DRAWN = 8  # images of a row of the picture
 NUM_COMPARED = 1000  # images of equal seeds in the comparison with the guided teacher's own
 
 
@@ -84,21 +90,52 @@ def score(row: Row, protocol: str) -> dict:
     evaluation = dd.evaluate(target, protocol, (row.steps,), guidance=row.guidance, checkpoint=checkpoint)[row.steps]
     result = {"row": row._asdict(), "evaluation": evaluation.to_json()}
     if row.steps == TEACHER_STEPS and not row.guided:
-        result["rmse_to_guided_teacher"] = difference(row, target, checkpoint, protocol)
+        result["rmse_to_guided_teacher"] = difference(row, protocol)
     return result
 
 
-def difference(row: Row, target: str, checkpoint: str | None, protocol: str) -> float:
+def difference(row: Row, protocol: str) -> float:
     """Return the root mean square difference of pixels, in [-1, 1], from the guided teacher's images of equal seeds and captions."""
+    guided = Row("", None, row.steps, teacher=row.teacher)
+    ours, theirs = (images(asked, protocol, NUM_COMPARED) for asked in (row, guided))
+    return (ours - theirs).square().mean().sqrt().item()
+
+
+def images(row: Row, protocol: str, num: int) -> Tensor:
+    """Return the first `num` images of a row's model with the protocol's seeds and captions, (num, 3, H, W) in [-1, 1]."""
     from diffdistill.evaluation.protocol import load_protocol
     from diffdistill.targets import open_target
 
-    chosen = load_protocol(protocol)
-    seeds, captions = list(chosen.seeds(0))[:NUM_COMPARED], chosen.asked(0)[:NUM_COMPARED]
-    asked, guided = open_target(target, checkpoint=checkpoint), open_target(row.teacher)
-    ours = asked.generator(asked.sampler(row.steps, row.guidance))(seeds, captions)
-    theirs = guided.generator(guided.sampler(row.steps))(seeds, captions)
-    return (ours - theirs).square().mean().sqrt().item()
+    target, checkpoint = target_of(row)
+    chosen, model = load_protocol(protocol), open_target(target, checkpoint=checkpoint)
+    return model.generator(model.sampler(row.steps, row.guidance))(list(chosen.seeds(0))[:num], chosen.asked(0)[:num])
+
+
+def draw_picture(names: list[str], protocol: str) -> None:
+    """Write docs/shapes.png: images of equal seeds and captions, a line for each row of the study."""
+    import textwrap
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from diffdistill.evaluation.protocol import load_protocol
+    from diffdistill.files import write_atomic
+
+    captions = load_protocol(protocol).asked(0)[:NUM_DRAWN]
+    figure = Figure(figsize=(1.2 * NUM_DRAWN + 1.4, 1.25 * len(names) + 0.6), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(names), NUM_DRAWN, squeeze=False)
+    for name, line_of_axes in zip(names, axes, strict=True):
+        row = ROWS[name]
+        label = f"{row.what.split(',')[0]}, {row.steps} steps\n{row.steps * (2 if row.guided else 1)} passes"
+        line_of_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        for place, image in zip(line_of_axes, images(row, protocol, NUM_DRAWN), strict=True):
+            place.imshow((image.permute(1, 2, 0).cpu().clamp(-1, 1) + 1) / 2, interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+    for place, caption in zip(axes[0], captions, strict=True):
+        place.set_title(textwrap.fill(caption, 20), fontsize=7)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(drawn)
+    write_atomic(ROOT / "docs" / "shapes.png", drawn.getvalue())
 
 
 def results() -> dict[str, dict]:
@@ -171,7 +208,11 @@ def main() -> int:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
     parser.add_argument("--protocol", default="shapes")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--picture", action="store_true")
     options = parser.parse_args()
+    if options.picture:
+        draw_picture(options.rows, "shapes-short")
+        return 0
     for name in () if options.table else options.rows:
         path = RESULTS / f"{Path(options.protocol).stem}.{name}.json"  # the page is made of those of protocol `shapes`
         if not path.exists():
