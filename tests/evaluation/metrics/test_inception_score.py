@@ -47,6 +47,10 @@ def test_the_error_is_that_of_a_mean_over_splits():
     assert 0.8 < values[:, 1].square().mean().sqrt() / values[:, 0].std() < 1.25  # 60 repeats know their spread to 9 percent
 
 
+def test_two_images_are_the_least_that_a_split_can_hold():
+    assert inception_score(one_hot(torch.arange(20) % 2), 10).value == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize(("num_images", "num_splits"), [(19, 10), (20, 1)])
 def test_splits_that_mean_nothing_are_refused(num_images, num_splits):
     with pytest.raises(ValueError, match=f"got {num_images} images and {num_splits} splits"):

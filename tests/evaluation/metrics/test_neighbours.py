@@ -8,6 +8,7 @@ from metric_cases import normal, sample_of
 
 from diffdistill.evaluation.metrics.neighbours import (
     DensityCoverageMetric,
+    PrecisionRecallMetric,
     density_coverage,
     precision_recall,
     seeded_subset,
@@ -21,11 +22,11 @@ def line(*positions):
 def test_precision_and_recall_on_a_line_are_known():
     # Real points 0..9: the third nearest neighbour is at most 3 away (ends) and at least 2 (middle).
     real = line(*range(10))
-    # 0.5 and 11.5 are inside (9 reaches to 12); 12.5 and 40 are outside every ball.
-    fake = line(0.5, 11.5, 12.5, 40.0)
+    # 0.5 and 12 are inside (9 reaches to 12, and the balls are closed); 12.5 and 40 are outside every ball.
+    fake = line(0.5, 12.0, 12.5, 40.0)
     precision, recall = precision_recall(fake, real, k=3)
     assert precision == 0.5
-    # Each fake point's ball reaches its farthest fake neighbour: radii 39.5, 28.5, 27.5, 39.5 cover all of 0..9.
+    # Each fake point's ball reaches its farthest fake neighbour: radii 39.5, 28, 27.5, 39.5 cover all of 0..9.
     assert recall == 1.0
 
 
@@ -127,9 +128,15 @@ def test_density_without_neighbours_or_samples_is_refused(n, m):
         density_coverage(torch.zeros(n, 2), torch.zeros(m, 2), k=5)
 
 
-def test_density_metric_takes_equal_numbers_of_both_sets():
-    real, fake = sample_of(normal(40, 3)), sample_of(normal(90, 3, seed=1) + 0.5)
-    values = DensityCoverageMetric(max_images=30)(fake, real, 7)
-    expected = density_coverage(seeded_subset(fake.features, 30, 7), seeded_subset(real.features, 30, 7))
-    assert (values["density"].value, values["coverage"].value) == expected
-    assert DensityCoverageMetric(max_images=30)(real, fake, 7)["density"].value != expected[0]
+@pytest.mark.parametrize(
+    ("metric", "function", "names"),
+    [
+        (PrecisionRecallMetric(max_images=30), precision_recall, ("precision", "recall")),
+        (DensityCoverageMetric(max_images=30), density_coverage, ("density", "coverage")),
+    ],
+)
+def test_metrics_take_equal_numbers_of_both_sets(metric, function, names):
+    real, fake = sample_of(normal(40, 3)), sample_of(2 * normal(90, 3, seed=1) + 0.5)
+    expected = function(seeded_subset(fake.features, 30, 7), seeded_subset(real.features, 30, 7))
+    assert metric(fake, real, 7) == {name: (value, None) for name, value in zip(names, expected, strict=True)}
+    assert metric(real, fake, 7) != metric(fake, real, 7)

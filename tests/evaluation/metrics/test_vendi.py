@@ -38,13 +38,15 @@ def test_opposite_directions_are_one_as_the_linear_kernel_of_cosines_has_rank_on
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 8), (8, 30), (9, 9)])
-def test_either_matrix_gives_the_definition(n, d):
+def test_the_smaller_matrix_gives_the_definition(monkeypatch, n, d):
     x = normal(n, d) + 0.5
     kernel = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
     shares = torch.linalg.eigvalsh(kernel / n)
     shares = shares[shares > 1e-12]
     assert vendi_score(x) == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-9)
     assert 1.0 < vendi_score(x) < min(n, d)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: torch.ones(len(gram), dtype=F64) / len(gram))
+    assert vendi_score(x) == pytest.approx(min(n, d))  # equal eigenvalues, as many as the matrix has
 
 
 def test_a_vector_without_direction_is_refused():
