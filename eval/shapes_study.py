@@ -193,6 +193,8 @@ def write_page(found: dict[str, dict]) -> None:
         f"root mean square difference from the guided teacher's images of equal seeds, over {NUM_COMPARED:,} images with pixels in [-1, 1].",
         "",
         *(text for teacher in TEACHERS for text in table(teacher, found)),
+        "![Images of equal seeds by the transformer and its students](shapes.png)",
+        "",
         f"Drawn images themselves: obeyed {100 * reference['obeyed']:.1f} %, CLIP score {reference['clip_score']:.2f}.",
     ]
     if notes.exists():
