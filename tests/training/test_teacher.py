@@ -368,6 +368,11 @@ def test_shipped_files_name_no_place_on_the_machine_they_were_made_on():
         assert "_name_or_path" not in file.read_text() and str(ASSETS.parent.parent) not in file.read_text()
 
 
+@pytest.mark.parametrize("file", sorted(ASSETS.rglob("tokenizer_config.json")), ids=lambda file: file.parents[1].name)
+def test_shipped_tokenizers_have_what_transformers_4_reads(file):
+    assert isinstance(json.loads(file.read_text()).get("extra_special_tokens", {}), dict)
+
+
 @pytest.mark.parametrize(("name", "part"), [("digits-unet", "unet"), ("digits-dit", "transformer")])
 def test_shipped_networks_and_schedules_have_the_configs_values(name, part):
     from diffusers import ConsistencyModelPipeline, DiTPipeline

@@ -46,11 +46,17 @@ def clip_tokenizer(texts: Iterable[str], length: int) -> Any:
 
 
 def name_fast_tokenizer(index: Path) -> None:
-    """Name the fast class in a pipeline's model_index.json: transformers 5 calls it as 4 calls the slow one, which reads other files."""
+    """Name the fast class in a pipeline's model_index.json, and leave an empty list out of its tokenizer's config.
+
+    transformers 5 calls the fast class as 4 calls the slow one, which reads other files, and 4 wants a dict where 5 writes that list.
+    """
     config = json.loads(index.read_text())
     library, name = config["tokenizer"]
     config["tokenizer"] = [library, name if name.endswith("Fast") else f"{name}Fast"]
     write_json(index, config)
+    path = index.parent / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    write_json(path, {key: value for key, value in settings.items() if (key, value) != ("extra_special_tokens", [])})
 
 
 def t5_tokenizer(texts: Iterable[str], length: int) -> Any:
