@@ -1,0 +1,343 @@
+"""FID's Inception against two networks built here: torchvision's with the pools of FID, and a TorchScript module under the graph's names."""
+
+import copy
+import math
+import pickle
+from collections import OrderedDict
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import Inception3, inception
+
+from diffdistill.errors import UserError
+from diffdistill.evaluation.features import CallableExtractor
+from diffdistill.evaluation.inception import Conv, Inception
+from diffdistill.evaluation.protocol import load_protocol
+from diffdistill.evaluation.reference import check_extractor
+
+avg_pool2d = F.avg_pool2d
+
+
+def torchvision_network() -> Inception3:
+    """torchvision's layers with random weights, moments that are not trivial, and the gammas of one that every file has."""
+    network = Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.normal_(std=math.sqrt(2 / module.weight[0].numel()), generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.normal_(std=0.3, generator=generator)
+            module.running_mean.normal_(std=0.3, generator=generator)
+            module.running_var.uniform_(0.3, 2, generator=generator)
+    network.fc.weight.normal_(std=0.02, generator=generator)
+    network.fc.bias.normal_(generator=generator)
+    return network
+
+
+def torchvision_output(network: Inception3, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The network on x in [-1, 1], in float64, with TensorFlow's average pools and the maximum in the last block."""
+
+    def mean_of_pixels(x: torch.Tensor, kernel_size: int, stride: int, padding: int) -> torch.Tensor:
+        total, count = (avg_pool2d(y, kernel_size, stride, padding) for y in (x, torch.ones_like(x[:1, :1])))
+        return total / count
+
+    def maximum(x: torch.Tensor, kernel_size: int, stride: int, padding: int) -> torch.Tensor:
+        return F.max_pool2d(x, kernel_size, stride, padding)
+
+    network, x, kept = copy.deepcopy(network).double(), x.double(), {}
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: kept.update(spatial=args[-1]))
+    with mock.patch.object(inception.F, "avg_pool2d", mean_of_pixels):
+        for name, layer in network.named_children():
+            x = x if name in ("Mixed_7c", "avgpool", "dropout", "fc") else layer(x)
+    with mock.patch.object(inception.F, "avg_pool2d", maximum):
+        pool = network.Mixed_7c(x).mean((2, 3))
+    unbiased = pool @ network.fc.weight.T
+    spatial = torch.einsum("bchw->bhwc", kept["spatial"][:, :7]).reshape(-1, 17 * 17 * 7)
+    return {"pool": pool, "spatial": spatial, "logits": network.fc(pool), "logits_unbiased": unbiased}
+
+
+class Layer(nn.Module):
+    """A convolution of torchvision's under the names of the TorchScript file: batch normalisation without a gamma."""
+
+    def __init__(self, like: inception.BasicConv2d):
+        super().__init__()
+        self.stride, self.padding = like.conv.stride, like.conv.padding
+        self.weight, self.beta = like.conv.weight, like.bn.bias
+        self.mean, self.var = (
+            nn.Parameter(moment, requires_grad=False) for moment in (like.bn.running_mean, like.bn.running_var)
+        )
+
+    def forward(self, x):
+        mean, var, beta = (p[:, None, None] for p in (self.mean, self.var, self.beta))
+        return ((F.conv2d(x, self.weight, None, self.stride, self.padding) - mean) / (var + 0.001).sqrt() + beta).clamp(min=0)
+
+
+class Side(nn.Module):
+    """Its children on one input, joined."""
+
+    def __init__(self, **children: nn.Module):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        return torch.cat([child(x) for child in self.children()], 1)
+
+
+class Last(Side):
+    """A block of the 8x8 maps, whose layers the file names flatly."""
+
+    def forward(self, x):
+        a, b = self.tower_conv(x), self.tower_1_conv_1(self.tower_1_conv(x))
+        third = [self.tower_1_mixed_conv(b), self.tower_1_mixed_conv_1(b), self.tower_2_conv(self.tower_2_pool(x))]
+        return torch.cat([self.conv(x), self.tower_mixed_conv(a), self.tower_mixed_conv_1(a), *third], 1)
+
+
+def tower(*layers: nn.Module, pool: nn.Module | None = None) -> nn.Sequential:
+    named = [("conv" if k == 0 else f"conv_{k}", Layer(layer)) for k, layer in enumerate(layers)]
+    return nn.Sequential(OrderedDict(([("pool", pool)] if pool else []) + named))
+
+
+def numbered(block: nn.Module, stem: str, count: int) -> list[nn.Module]:
+    return [getattr(block, f"{stem}_{k}") for k in range(1, count + 1)]
+
+
+class Graph(nn.Module):
+    """Layers and output of the TorchScript file; takes x in [-1, 1]."""
+
+    def __init__(self, layers: nn.Sequential, output: nn.Linear):
+        super().__init__()
+        self.layers, self.output = layers, output
+
+    def forward(self, x):
+        pool = self.layers(x).flatten(1)
+        return pool, self.output(pool)
+
+
+def graph_network(net: Inception3) -> Graph:
+    """The layers of a torchvision network, held together as the graph of TensorFlow holds them."""
+    mean = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    half = nn.MaxPool2d(3, 2)
+
+    def towers(b, first, second):
+        pooled = tower(b.branch_pool, pool=mean)
+        return Side(conv=Layer(b.branch1x1), tower=tower(*first), tower_1=tower(*second), tower_2=pooled)
+
+    def last(b, pool):
+        return Last(
+            conv=Layer(b.branch1x1),
+            tower_conv=Layer(b.branch3x3_1),
+            tower_mixed_conv=Layer(b.branch3x3_2a),
+            tower_mixed_conv_1=Layer(b.branch3x3_2b),
+            tower_1_conv=Layer(b.branch3x3dbl_1),
+            tower_1_conv_1=Layer(b.branch3x3dbl_2),
+            tower_1_mixed_conv=Layer(b.branch3x3dbl_3a),
+            tower_1_mixed_conv_1=Layer(b.branch3x3dbl_3b),
+            tower_2_pool=pool,
+            tower_2_conv=Layer(b.branch_pool),
+        )
+
+    b, d = net.Mixed_6a, net.Mixed_7a
+    blocks = [
+        towers(a, numbered(a, "branch5x5", 2), numbered(a, "branch3x3dbl", 3))
+        for a in (net.Mixed_5b, net.Mixed_5c, net.Mixed_5d)
+    ]
+    blocks += [Side(conv=Layer(b.branch3x3), tower=tower(*numbered(b, "branch3x3dbl", 3)), pool=half)]
+    blocks += [
+        towers(c, numbered(c, "branch7x7", 3), numbered(c, "branch7x7dbl", 5))
+        for c in (net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e)
+    ]
+    blocks += [Side(tower=tower(*numbered(d, "branch3x3", 2)), tower_1=tower(*numbered(d, "branch7x7x3", 4)), pool=half)]
+    blocks += [last(net.Mixed_7b, mean), last(net.Mixed_7c, nn.MaxPool2d(3, 1, 1))]
+    stem = [net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, half, net.Conv2d_3b_1x1, net.Conv2d_4a_3x3, half]
+    names = ["conv", "conv_1", "conv_2", "pool0", "conv_3", "conv_4", "pool1", "mixed", *(f"mixed_{k}" for k in range(1, 11))]
+    layers = [layer if layer is half else Layer(layer) for layer in stem] + blocks
+    return Graph(nn.Sequential(OrderedDict([*zip(names, layers, strict=True), ("pool2", nn.AvgPool2d(8))])), net.fc)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Two images in [0, 255] that reach both ends: noise, and smooth waves."""
+    noise = torch.rand(3, 299, 299, generator=torch.Generator().manual_seed(1))
+    waves = (torch.arange(299.0) / torch.tensor([7.0, 19.0, 45.0])[:, None]).sin()
+    return torch.stack([noise, (waves[:, :, None] * waves[:, None, :] + 1) / 2]) * 255
+
+
+@pytest.fixture(scope="module")
+def network() -> Inception3:
+    return torchvision_network()
+
+
+@pytest.fixture(scope="module")
+def files(network, tmp_path_factory) -> dict[str, str]:
+    """The weights in each kind of file: a state dict as torch before 1.6 pickled it, as torch does today, and TorchScript."""
+    folder = tmp_path_factory.mktemp("inception")
+    bare = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(bare, folder / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(network.state_dict(), folder / "today.pth")
+    torch.jit.trace(graph_network(network), torch.zeros(1, 3, 299, 299), check_trace=False).save(str(folder / "graph.pt"))
+    return {name: str(folder / name) for name in ("old.pth", "today.pth", "graph.pt")}
+
+
+@pytest.fixture(scope="module")
+def ours(files) -> Inception:
+    return Inception.load(files["old.pth"])
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5):
+    """Largest difference, as a share of the largest value."""
+    assert (actual - expected).abs().max() < relative * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "scaling, scale", [("tensorflow", lambda x: (x - 128) / 128), ("pytorch-fid", lambda x: 2 * (x / 255) - 1)]
+)
+def test_every_output_is_that_of_torchvisions_network_with_the_pools_of_fid(ours, network, images, scaling, scale):
+    output = ours(images, scaling)
+    expected = torchvision_output(network, scale(images))
+    for field in output._fields:
+        assert getattr(output, field).dtype == torch.float32
+        assert_close(getattr(output, field), expected[field])
+    assert output.pool.shape == (2, 2048) and output.spatial.shape == (2, 2023) and output.logits.shape == (2, 1008)
+
+
+def test_a_torchscript_file_gives_what_its_own_module_gives(files, images):
+    output = Inception.load(files["graph.pt"])(images)
+    pool, logits = torch.jit.load(files["graph.pt"])((images - 128) / 128)
+    assert_close(output.pool, pool)
+    assert_close(output.logits, logits)
+
+
+def test_the_same_weights_have_one_fingerprint_in_every_file(files, ours):
+    assert {Inception.load(path).fingerprint for path in files.values()} == {ours.fingerprint}
+    changed = copy.deepcopy(ours)
+    changed.mixed_6[0].beta[3] += 1e-6
+    assert changed.fingerprint != ours.fingerprint
+
+
+def test_a_convolution_is_normalised_by_its_stored_moments():
+    conv = Conv(1, 1, 1)
+    for part, value in zip((conv.weight, conv.gamma, conv.mean, conv.var, conv.beta), (2, 3, 1, 4 - 0.001, 5), strict=True):
+        part.fill_(value)
+    x = torch.tensor([2.0, -9.0]).reshape(1, 1, 1, 2)
+    expected = [3 * (2 * 2 - 1) / 2 + 5, 0]  # the second, 3 (-18 - 1) / 2 + 5, is negative
+    torch.testing.assert_close(conv(x).flatten(), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_the_gammas_of_a_state_dict_count(network, ours, tmp_path):
+    weights = network.state_dict()
+    torch.save(weights | {"Mixed_7c.branch_pool.bn.weight": torch.arange(192.0)}, tmp_path / "gamma.pth")
+    loaded = Inception.load(tmp_path / "gamma.pth")
+    assert torch.equal(loaded.mixed_10[3][1].gamma, torch.arange(192.0))
+    assert loaded.fingerprint != ours.fingerprint
+
+
+def test_float32_is_strict_inside_and_what_it_was_outside(ours, images):
+    seen = []
+    hook = ours.mixed_8.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+    )
+    expected, before = ours(images[:1]).pool, torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.backends.cudnn.flags(allow_tf32=True), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(ours(images[:1]).pool, expected)
+            assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        hook.remove()
+    assert seen == [(False, "highest")] * 2
+
+
+def test_no_mode_and_no_gradient_changes_the_features(ours, images):
+    expected = ours.eval()(images[:1]).pool
+    output = ours.train()(images[:1].requires_grad_())
+    assert torch.equal(output.pool, expected) and not output.pool.requires_grad
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 299, 299, dtype=torch.uint8), torch.zeros(1, 3, 256, 256), torch.zeros(1, 1, 299, 299)]
+)
+def test_images_of_another_size_or_kind_are_refused(images):
+    with pytest.raises(ValueError, match=r"floating images \(B, 3, 299, 299\) in \[0, 255\]"):
+        Inception("bare")(images)
+
+
+def test_a_network_that_nobody_filled_gives_no_numbers(images):
+    assert Inception("bare")(images[:1]).pool.isnan().all()
+
+
+def test_random_weights_depend_on_their_seed_alone_and_no_protocol_takes_them(images):
+    before = torch.get_rng_state()
+    first, again, other = Inception.random(0), Inception.random(0), Inception.random(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    pool = first(images).pool
+    assert 0.1 < pool.std() < 10 and (pool[0] - pool[1]).abs().mean() > 0.01  # neither vanishing nor blind
+    protocol = load_protocol("digits").model_copy(update={"extractor": "inception"})
+    extractor = CallableExtractor(lambda x: first(x.float()).pool, first.name, first.fingerprint, 2048, 3, 299)
+    with pytest.raises(UserError, match="got 'inception-random-0-INVALID'"):
+        check_extractor(protocol, extractor)
+
+
+def hollow(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same names and shapes with one stored number each, so that a wrong file is quick to write."""
+    return {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in weights.items()}
+
+
+def test_another_network_is_refused_by_the_first_tensor_that_does_not_fit(network, tmp_path):
+    weights = hollow(network.state_dict())
+    wrong = {
+        "torchvision's classifier": (weights | {"fc.weight": torch.zeros(1000, 2048)}, r"fc.weight is \(1000, 2048\)"),
+        "half precision": (
+            {name: value.half() for name, value in weights.items()},
+            "Conv2d_1a_3x3.conv.weight is .*float16, not .*float32",
+        ),
+        "cut": (
+            {name: value for name, value in weights.items() if "7c.branch_pool" not in name},
+            r"\(5 of 472 tensors\): Mixed_7c.branch_pool.conv.weight is missing",
+        ),
+        "other names": ({"a": torch.zeros(1)}, "Conv2d_1a_3x3.conv.weight is missing"),
+        "a list": ([torch.zeros(1)], "holds a list"),
+    }
+    for name, (stored, message) in wrong.items():
+        torch.save(stored, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}.*{message}.*Give the path of inception-2015-12-05.pt"):
+            Inception.load(tmp_path / name)
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "other.pt"))
+    with pytest.raises(UserError, match="other.pt does not hold the Inception of FID"):
+        Inception.load(tmp_path / "other.pt")
+
+
+def test_damaged_and_absent_files_are_refused(files, tmp_path):
+    with pytest.raises(UserError, match=r"no file .*absent.*nothing is downloaded"):
+        Inception.load(tmp_path / "absent.pt")
+    path = tmp_path / "damaged"
+    for name in files:
+        with open(files[name], "rb") as file:
+            start = file.read(40_000_000)
+        for length in (0, 1, 1000, 40_000_000):
+            path.write_bytes(start[:length])
+            with pytest.raises(UserError, match="cut off, or no file of weights"):
+                Inception.load(path)
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    (tmp_path / "harmful.pth").write_bytes(pickle.dumps({"fc.weight": Harmful(str(tmp_path / "ran"))}))
+    with pytest.raises(UserError, match=r"harmful.pth.*no file of weights"):
+        Inception.load(tmp_path / "harmful.pth")
+    assert not (tmp_path / "ran").exists()
