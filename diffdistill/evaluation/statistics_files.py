@@ -17,21 +17,15 @@ those of `evaluation.resize` (and torch_bicubic: antialiased, not clipped). Ince
 torch_bilinear and as (x - 128) / 128 after the others. The images of a reference are not in its statistics: the
 10,000 in ADM's `arr_0` are for precision and recall, while mu and sigma are of the whole training set.
 
-A pickle is a program. None is run here: in EDM2's and torch-fidelity's files every name other than numpy's arrays is refused, and
-those are read by stand-ins that look at shape, type and bytes.
+EDM2's and torch-fidelity's files are pickles; they are read as `array_pickles` reads them, without running any code.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import math
-import os
-import pickle
 import re
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -41,9 +35,10 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.evaluation.images import check_uint8_images
+from diffdistill.evaluation.array_pickles import STAND_INS, ArraysOnly, asks_for_code, unpickled
 from diffdistill.evaluation.moments import Moments
-from diffdistill.files import atomic_folder, sha256, write_atomic
+from diffdistill.evaluation.readable import readable
+from diffdistill.files import sha256, write_atomic
 
 Format = Literal["edm", "edm2", "adm", "clean-fid", "pytorch-fid", "cmmd", "torch-fidelity"]
 TOLERANCE = 1e-5  # of the largest entry or eigenvalue: sums in float32 leave about 1e-6, a matrix that is no covariance about 1
@@ -113,7 +108,7 @@ def read_statistics(path: str | Path, pipeline: Pipeline, dim: int, format: Form
     """
     path = Path(path)
     format = _format_of(path, format)
-    with _readable(path, format):
+    with readable(path, format):
         held = READERS[format](path, pipeline.extractor)
     _check_pipeline(path, format, held.metric, pipeline)
     origin = Origin(format, path, sha256(path), held.metric, pipeline)
@@ -187,7 +182,7 @@ def _format_of(path: Path, named: Format | None) -> Format:
         raise unknown_name("format of statistics", named, READERS)
     if not path.is_file():
         raise UserError(f"no file of statistics {path}. Write the path of one that exists.")
-    with _readable(path, "statistics"):
+    with readable(path, "statistics"):
         possible = _possible_formats(path)
     if named is not None and named not in possible:
         raise UserError(f"{path} is no {named} file; it holds {_or(possible)}. Leave format out, or name the right file.")
@@ -222,28 +217,6 @@ def _possible_formats(path: Path) -> tuple[Format, ...]:
     if "feats" in keys:
         return ("clean-fid",)
     return ("edm", "pytorch-fid", "clean-fid") if {"mu", "sigma"} <= keys else ()
-
-
-# What damaged archives raise, and a damaged pickle can raise any of the first seven.
-UNREADABLE = (AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError, ValueError) + (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-@contextlib.contextmanager
-def _readable(path: Path, what: str) -> Iterator[None]:
-    """Turn what damage raises into a UserError that names the file, what it should be, and what to do."""
-    try:
-        yield
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path} cannot be read as {what} ({type(error).__name__}: {error}). It is cut short, damaged, of another "
-            "format, or holds pickled objects where arrays belong: copy it again, or name another file."
-        ) from error
 
 
 # --- Readers
@@ -285,7 +258,7 @@ def _read_cmmd(path: Path, extractor: str) -> _Held:
 
 def _read_edm2(path: Path, extractor: str) -> _Held:
     with open(path, "rb") as file:
-        stored = _ArraysOnly(file, path).load()
+        stored = ArraysOnly(file, path).load()
     if not isinstance(stored, dict):
         raise UserError(
             f"{path} holds a pickled {type(stored).__name__}; EDM2's statistics are a dict of metrics. Name another file."
@@ -300,17 +273,17 @@ def _read_edm2(path: Path, extractor: str) -> _Held:
     count = stored.get("num_images")
     if count is not None and (not isinstance(count, int) or count < 2):
         raise UserError(f"{path} is of num_images = {count!r}; a covariance is of two or more. Make or copy the file again.")
-    return _Held(metric, (_unpickled(stored[metric]["mu"]), _unpickled(stored[metric]["sigma"])), num_images=count)
+    return _Held(metric, (unpickled(stored[metric]["mu"]), unpickled(stored[metric]["sigma"])), num_images=count)
 
 
 def _read_torch_fidelity(path: Path, extractor: str) -> _Held:
     with torch.serialization.safe_globals(list(STAND_INS.values())):
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(str(path)):
-            raise _asks_for_code(path, *code)
+            raise asks_for_code(path, *code)
         stored = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(stored, Tensor):
         return _Held("features", features=stored.numpy())
-    return _Held("fid", (_unpickled(stored["mu"]), _unpickled(stored["sigma"])))
+    return _Held("fid", (unpickled(stored["mu"]), unpickled(stored["sigma"])))
 
 
 READERS: dict[Format, Callable[[Path, str], _Held]] = {
@@ -322,119 +295,6 @@ READERS: dict[Format, Callable[[Path, str], _Held]] = {
     "cmmd": _read_cmmd,
     "torch-fidelity": _read_torch_fidelity,
 }
-
-
-def read_images(path: str | Path, batch_size: int = 500) -> Iterator[Tensor]:
-    """Yield the images of an ADM file (`arr_0`) in their order, uint8 (B, 3, H, W), holding one batch at a time.
-
-    Raises:
-        UserError: on the first image, or where the file ends early: it is no ADM file of RGB images.
-    """
-    path = Path(path)
-    with _readable(path, "images"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        version = np.lib.format.read_magic(member)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(member)
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-            raise UserError(
-                f"arr_0 of {path} is {dtype} {shape}; images are uint8 (N, H, W, 3), row by row. Name another file."
-            )
-        for first in range(0, shape[0], batch_size):
-            wanted = (min(batch_size, shape[0] - first), *shape[1:])
-            pixels = member.read(math.prod(wanted))
-            if len(pixels) < math.prod(wanted):
-                raise EOFError(f"{shape[0]} images are announced.")
-            images = np.frombuffer(pixels, np.uint8).reshape(wanted)
-            yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # (B, 3, H, W)
-
-
-# --- Pickles without code
-
-
-class _Dtype:
-    """Stands for numpy.dtype in a pickle: a plain float, in the byte order that its state names."""
-
-    def __init__(self, code: str, *_: object):
-        if code not in ("f2", "f4", "f8"):
-            raise ValueError(f"an array of type {code!r}; moments are floats")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """Stands for numpy.ndarray in a pickle: `values` is made here, from bytes whose number numpy checks against the shape.
-
-    Whether rows or columns come first is not asked: a mean is a vector and a covariance symmetric.
-    """
-
-    values: np.ndarray
-
-    def __init__(self, *_: object):
-        """Make an empty array, as numpy's `_reconstruct` does; its state follows."""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, _, content = state
-        self.values = np.frombuffer(content, dtype.dtype).reshape(shape)
-
-
-class _FilledArray(_Array):
-    """The same where the pickle is of protocol 5, which hands everything over at once."""
-
-    def __init__(self, content: bytes, dtype: _Dtype, shape: tuple[int, ...], *_: object):
-        self.values = np.frombuffer(content, dtype.dtype).reshape(shape)
-
-
-def _unpickled(array: _Array | Tensor) -> np.ndarray:
-    """Return the array behind a stand-in, or behind a tensor."""
-    return array.numpy() if isinstance(array, Tensor) else array.values
-
-
-def _called(name: str, stand_in: type) -> type:
-    """Return a stand-in under the module and name that a pickle calls it by, which is how torch's loader finds it."""
-    module, _, qualname = name.rpartition(".")
-    return type(qualname, (stand_in,), {"__module__": module})
-
-
-STAND_INS: dict[str, type] = {
-    name: _called(name, stand_in)
-    for name, stand_in in {
-        "numpy.dtype": _Dtype,
-        "numpy.ndarray": _Array,
-        "numpy.core.multiarray._reconstruct": _Array,  # written with numpy 1
-        "numpy._core.multiarray._reconstruct": _Array,
-        "numpy.core.numeric._frombuffer": _FilledArray,
-        "numpy._core.numeric._frombuffer": _FilledArray,
-    }.items()
-}
-
-
-def _latin1(text: str, _: str) -> bytes:
-    """Stand for _codecs.encode, by which pickles of protocol 2 write bytes."""
-    return text.encode("latin1")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Loads numbers, texts, containers and arrays; the name of anything else is refused before it is looked up."""
-
-    def __init__(self, file: io.BufferedReader, path: Path):
-        super().__init__(file)
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a name of numpy's; every other name raises a UserError."""
-        known = {**STAND_INS, "_codecs.encode": _latin1}
-        if f"{module}.{name}" not in known:
-            raise _asks_for_code(self.path, f"{module}.{name}")
-        return known[f"{module}.{name}"]
-
-
-def _asks_for_code(path: Path, *names: str) -> UserError:
-    return UserError(
-        f"{path} asks for {', '.join(sorted(names))}, which is no array: loading it could run code. Nothing was run. Get the "
-        "file from its publisher, or write its mu and sigma with numpy.savez."
-    )
 
 
 # --- Checks
@@ -501,46 +361,3 @@ def write_edm(path: str | Path, mean: Tensor, covariance: Tensor) -> Path:
     content = io.BytesIO()
     np.savez(content, mu=mean.double().cpu().numpy(), sigma=covariance.double().cpu().numpy())
     return write_atomic(path, content.getvalue())
-
-
-def write_images(path: str | Path, batches: Iterable[Tensor], count: int) -> Path:
-    """Write images as ADM's npz (arr_0, uint8 NHWC), atomically and one batch at a time, for ADM's evaluator.
-
-    Its Inception score depends on the order of the images (splits of 5,000): give them as they were drawn, not sorted by class.
-
-    Args:
-        path: the file.
-        batches: uint8 (B, 3, H, W), any batch sizes, one H and W.
-        count: number of images in all; the header, which comes first, names it.
-    Raises:
-        ValueError: the images are not uint8 RGB of one size, or not `count`. What was at path is untouched then.
-        MachineError: the disk is full or the folder cannot be written.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.parts")
-    with (
-        atomic_folder(aside) as folder,
-        zipfile.ZipFile(folder / path.name, "w") as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        _write_npy(member, batches, count)
-    os.replace(aside / path.name, path)
-    aside.rmdir()
-    return path
-
-
-def _write_npy(member: Any, batches: Iterable[Tensor], count: int) -> None:
-    """Write `count` images, NHWC, in numpy's format."""
-    written, size = 0, None
-    for images in batches:
-        check_uint8_images(images, channels=3)
-        if size is None:
-            size = images.shape[2:]
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
-            np.lib.format.write_array_header_1_0(member, header)
-        if images.shape[2:] != size:
-            raise ValueError(f"images of one file have one size; got {tuple(size)} and {tuple(images.shape[2:])}.")
-        written += len(images)  # (B, 3, H, W) -> (B, H, W, 3)
-        member.write(images.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
-    if written != count or not written:
-        raise ValueError(f"{count} images were announced; got {written}.")
