@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill import scoring
 from diffdistill.config import RunConfig, load_config, parse_config
-from diffdistill.config.settings import CACHE
 from diffdistill.doctor import doctor
 from diffdistill.errors import UserError
 from diffdistill.evaluation.compare import Comparison
-from diffdistill.evaluation.evaluate import Evaluation
+from diffdistill.evaluation.result import Evaluation
 from diffdistill.export.manifest import Manifest, Verification
 from diffdistill.models.conditioning import Asked
 from diffdistill.models.loading import load_teacher
@@ -166,111 +165,33 @@ def _asked(opened: Target, num: int, labels: Sequence[int] | None, prompts: Sequ
     return torch.tensor([cycle[k % len(cycle)] for k in range(num)])
 
 
-Progress = Callable[[str, int, int], None]
-
-
 def evaluate(
     target: str | Path,
-    protocol: str = "digits",
+    protocol: str | Path = "digits",
     steps: Sequence[int] = (),
     guidance: float | None = None,
     solver: str | None = None,
     checkpoint: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: scoring.Progress | None = None,
+    **settings: Any,
 ) -> dict[int, Evaluation]:
     """Score what a target makes, at each number of steps.
 
     Args:
-        target: a run folder, an export, a pipeline folder, or an embedded teacher.
+        target: a run folder, an export, a pipeline folder, a hub id, or an embedded teacher.
         protocol: the name of one that comes with the package, or the path of its YAML file.
         steps: numbers of network steps; empty for the one the model is meant for.
         guidance, solver, checkpoint: as for `sample`.
         progress: called with (what, images done, images in all).
+        settings: further fields of `scoring.Settings`, e.g. output or metrics.
     Returns:
-        The evaluation by number of steps.
+        The evaluation by number of steps; that of images in files by 0.
     Raises:
         UserError: unknown protocol or target, or a target that does not fit the protocol.
     """
-    from diffdistill.evaluation.evaluate import evaluate as score
-    from diffdistill.evaluation.features import load_extractor
-    from diffdistill.evaluation.protocol import load_protocol
-    from diffdistill.evaluation.reference import reference_for
-
-    chosen = load_protocol(protocol)
-    opened = open_target(target, solver, checkpoint)
-    samplers = [opened.sampler(count, guidance) for count in dict.fromkeys(steps or (None,))]
-    extractor = load_extractor(chosen.extractor)
-    reference = reference_for(chosen, extractor, CACHE / "references")
-    found = {}
-    for sampler in samplers:
-
-        def report(done: int, total: int, what: str = f"{target}, {sampler.num_steps} steps") -> None:
-            if progress is not None:
-                progress(what, done, total)
-
-        found[sampler.num_steps] = score(
-            opened.generator(sampler),
-            chosen,
-            report,
-            nfe=sampler.nfe,
-            num_steps=sampler.num_steps,
-            extractor=extractor,
-            reference=reference,
-        )
-    return found
-
-
-def write_evaluations(name: str, evaluations: Mapping[int, Evaluation], folder: str | Path) -> Path:
-    """Write FOLDER/steps-N.json for each evaluation, and report.json and report.html of all; return the page's path."""
-    from diffdistill.evaluation.report import ReportData, write_report
-    from diffdistill.evaluation.table import Row
-    from diffdistill.files import write_json
-
-    folder = Path(folder)
-    for count, evaluation in evaluations.items():
-        write_json(folder / f"steps-{count}.json", evaluation.to_json())
-    first = next(iter(evaluations.values()))
-    rows = [Row.from_evaluation(name, evaluation) for evaluation in evaluations.values()]
-    points = [(row.nfe, row.fid) for row in rows if row.nfe and row.fid]
-    facts = {
-        "protocol": first.protocol["name"],
-        "protocol hash": first.protocol_hash,
-        "images": str(first.num_images),
-        "blocks of seeds": str(first.num_blocks),
-        "device": first.device,
-    }
-    return write_report(ReportData(f"Evaluation of {name}", rows, {name: points} if points else {}, facts=facts), folder)
-
-
-def load_evaluations(path: str | Path) -> dict[str, Evaluation]:
-    """Read evaluations: a JSON file of one, or a folder of steps-N.json as `diffdistill eval -o` writes it.
-
-    Returns:
-        evaluations by name, "FOLDER" or "FOLDER/FILE" without its ending.
-    Raises:
-        UserError: no such file, no evaluations in the folder, or a file of something else.
-    """
-    import json
-
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("steps-*.json"), key=lambda file: int(re.sub(r"\D", "", file.stem) or 0))
-        if not files:
-            raise UserError(f"{path} holds no evaluations (steps-*.json); `diffdistill eval TARGET -o {path}` writes them.")
-    found = {}
-    for file in files:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the evaluation {file}: {error}.") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{file} is not an evaluation: it holds a {type(values).__name__}.")
-        try:
-            found[str(path) if path.is_dir() and len(files) == 1 else str(file.with_suffix(""))] = Evaluation.from_json(values)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from error
-    return found
+    chosen = scoring.Settings(protocol=protocol, guidance=guidance, **settings)
+    found = scoring.evaluate(target, steps, chosen, solver, checkpoint, progress=progress)
+    return {evaluation.cost.num_steps or 0: evaluation for evaluation in found.values()}
 
 
 def compare(reports: Sequence[str | Path] | Mapping[str, Evaluation], force: bool = False) -> Comparison:
@@ -285,7 +206,7 @@ def compare(reports: Sequence[str | Path] | Mapping[str, Evaluation], force: boo
     from diffdistill.evaluation.compare import compare as side_by_side
 
     if not isinstance(reports, Mapping):
-        reports = {name: report for path in reports for name, report in load_evaluations(path).items()}
+        reports = {name: report for path in reports for name, report in scoring.load_evaluations(path).items()}
     return side_by_side(reports, force=force)
 
 

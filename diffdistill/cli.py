@@ -7,14 +7,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
 
 from diffdistill.errors import MachineError, UserError, unknown_name
+
+if TYPE_CHECKING:
+    from diffdistill.evaluation.result import Evaluation
 
 DEBUG = "DIFFDISTILL_DEBUG"
 USER, MACHINE, INTERRUPTED = 2, 1, 130
@@ -22,6 +25,7 @@ USER, MACHINE, INTERRUPTED = 2, 1, 130
 Output = Annotated[Path, Parameter(alias="-o")]
 Json = Annotated[bool, Parameter(name="--json", help="Print machine-readable JSON, and nothing else, on standard output.")]
 Numbers = Annotated[tuple[int, ...], Parameter(consume_multiple=True)]
+Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 
 app = App(
     name="diffdistill",
@@ -168,44 +172,75 @@ def sample(
     return 0
 
 
-@app.command(name="eval", sort_key=6)
+eval_app = App(name="eval", sort_key=6)
+app.command(eval_app)
+
+
+@eval_app.default
 def evaluate(
     target: str,
     /,
     *,
     protocol: str = "digits",
     steps: Numbers = (),
+    metrics: Words = (),
     guidance: float | None = None,
     solver: str | None = None,
     checkpoint: str | None = None,
+    lora: Path | None = None,
+    num_images: int | None = None,
+    batch_size: int = 500,
+    weights: str | None = None,
+    save_images: Path | None = None,
     output: Output | None = None,
     json: Json = False,
 ) -> int:
-    """Score what a target makes, at each number of steps.
+    """Score what a target makes, at each number of steps, or images that exist.
+
+    With -o the same command goes on after a stop. `accelerate launch -m diffdistill eval ... -o FOLDER` shares it among processes.
 
     Args:
-        target: a run folder, an export, a pipeline folder, or an embedded teacher.
+        target: a run folder, an export, a pipeline folder or hub id, an embedded teacher; or a folder, zip or npz of images.
         protocol: name of a protocol (`list protocols`) or its YAML file.
         steps: numbers of network steps; the one the model is meant for when left out.
+        metrics: those wanted of the protocol's; all when left out.
         guidance: scale counted from 1; what the model is meant for when left out.
-        solver: of a teacher: ddim, heun, dpmpp_2m, unipc, or stock for the pipeline's own scheduler.
+        solver: of a pipeline: ddim, heun, dpmpp_2m, unipc, lcm, tcd, or stock for its own scheduler.
         checkpoint: of a run; the newest when left out.
+        lora: of a pipeline: a file or folder that its load_lora_weights takes.
+        num_images: another number of images than the protocol's; the numbers then compare with no others.
+        batch_size: images per call of the model.
+        weights: of the feature networks: those of `weights list` when left out; random:SEED for a test that measures nothing.
+        save_images: folder for the images, as PNG files.
         output: folder for report.html, report.json and one steps-N.json each, which `compare` reads.
     """
-    from diffdistill import api
+    from diffdistill import scoring
     from diffdistill.evaluation.table import Row, table
 
-    if output is not None and output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; -o names a folder.")
-    found = api.evaluate(target, protocol, steps, guidance, solver, checkpoint, progress=_progress())
-    if output is not None:
-        api.write_evaluations(str(target), found, output)
+    _folder(output)
+    settings = scoring.Settings(protocol, tuple(metrics), num_images, guidance, batch_size, weights, output, save_images)
+    found = scoring.evaluate(target, steps, settings, solver, checkpoint, lora, _progress())
+    if output is not None and scoring.processes().is_main:
+        scoring.write_evaluations(str(target), found, output)
+    if not scoring.processes().is_main:
+        return 0
     if json:
         _print_json({"target": target, "evaluations": [report.to_json() for report in found.values()]})
     else:
         print(table([Row.from_evaluation(str(target), report) for report in found.values()]))
+        _say_warnings(found.values())
         print(f"wrote {output / 'report.html'}" if output is not None else "", end="\n" if output is not None else "")
     return 0
+
+
+def _folder(path: Path | None) -> None:
+    if path is not None and path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; -o names a folder.")
+
+
+def _say_warnings(evaluations: Iterable[Evaluation]) -> None:
+    for text in dict.fromkeys(text for evaluation in evaluations for text in evaluation.warnings):
+        print(f"note: {text}")
 
 
 @app.command(sort_key=7)
@@ -320,16 +355,23 @@ def _print_json(value: Any) -> None:
 def _progress() -> Callable[[str, int, int], None]:
     """Return a callback that shows progress on standard error: in place on a terminal, a line every ten seconds elsewhere."""
     last = [time.monotonic()]
+    begun: dict[str, tuple[float, int]] = {}
 
     def show(what: str, done: int, total: int) -> None:
-        text = f"{what}: {done}/{total} images"
+        start, before = begun.setdefault(what, (time.monotonic(), done))  # what the first batch took says little of the rest
+        left = (time.monotonic() - start) * (total - done) / (done - before) if done > before else None
+        text = f"{what}: {done}/{total} images" + (f", {_duration(left)} left" if left else "")
         if sys.stderr.isatty():
-            print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(f"\r{text:<79}", end="\n" if done == total else "", file=sys.stderr, flush=True)
         elif time.monotonic() - last[0] > 10:
             last[0] = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
     return show
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 def _png(path: Path) -> None:

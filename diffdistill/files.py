@@ -14,6 +14,9 @@ from typing import Any
 
 from diffdistill.errors import MachineError
 
+CACHE = Path.home() / ".cache" / "diffdistill"
+"""Where what can be made again is kept, unless told otherwise."""
+
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:

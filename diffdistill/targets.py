@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from diffdistill.device import usual_device
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.export.manifest import LORA_FILE, MANIFEST, Manifest
+from diffdistill.files import sha256
 from diffdistill.math import grids
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.guidance import guided
-from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.models.loading import INDEX, Teacher, load_teacher
 from diffdistill.models.network import FamilyDenoiser
 from diffdistill.sampling import stock, stock_runs
 from diffdistill.sampling.generate import Generate, image_generator
@@ -27,8 +29,10 @@ from diffdistill.sampling.sampler import DrawsNoise, Sampler
 RUN_CONFIG = "config.yaml"
 DEFAULT_STEPS = 4  # where the model is meant for no number in particular
 RULES = ("ddim", "heun", "dpmpp_2m")
-SOLVERS = (*RULES, "unipc", "stock")
-"""Samplers of a teacher: our own rules on the trailing grid, diffusers' UniPC, and the pipeline's own scheduler."""
+FEW_STEPS = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}
+SOLVERS = (*RULES, "unipc", "stock", *FEW_STEPS)
+"""Samplers of a pipeline: our own rules on the trailing grid, diffusers' UniPC, the pipeline's own scheduler, and the stock
+schedulers that LCM and TCD LoRAs are made for."""
 
 
 class AnySampler(Protocol):
@@ -95,6 +99,7 @@ class Target:
         denoiser: the network that is sampled.
         make_sampler: (number of steps, guidance or None for the model's own) -> the sampler.
         default_steps: the number of steps it is meant for.
+        identity: hashes of all that its images depend on, beside the sampler.
     """
 
     name: str
@@ -103,6 +108,7 @@ class Target:
     denoiser: Denoiser
     make_sampler: Callable[[int, float | None], AnySampler]
     default_steps: int = DEFAULT_STEPS
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
     def sampler(self, num_steps: int | None = None, guidance: float | None = None) -> AnySampler:
         """Return the sampler of this many steps.
@@ -130,32 +136,46 @@ class Target:
         return lambda seeds, asked: generate(seeds, None)
 
 
-def open_target(target: str | Path, solver: str | None = None, checkpoint: str | Path | None = None) -> Target:
+def is_model(path: Path) -> bool:
+    """Tell a folder that `open_target` opens from any other."""
+    return any((path / name).is_file() for name in (RUN_CONFIG, MANIFEST, INDEX))
+
+
+def open_target(
+    target: str | Path,
+    solver: str | None = None,
+    checkpoint: str | Path | None = None,
+    lora: str | Path | None = None,
+) -> Target:
     """Open a run folder, an export folder, a pipeline folder or an embedded teacher.
 
     Args:
         target: where it is, or the name of an embedded teacher.
         solver: one of SOLVERS for a teacher, "ddim" when None; a student has its own sampler.
         checkpoint: of a run; None for the newest.
+        lora: of a pipeline, a file or folder that its `load_lora_weights` takes; merged into the network.
     Raises:
         UserError: nothing there, a folder of something else, or a solver or checkpoint that does not belong to it.
     """
     path, name = Path(target), str(target)
     is_run, is_export = (path / RUN_CONFIG).is_file(), (path / MANIFEST).is_file()
-    if path.is_dir() and not (is_run or is_export or (path / "model_index.json").is_file()):
+    if path.is_dir() and not is_model(path):
         raise UserError(
-            f"{name} is neither a run ({RUN_CONFIG}), nor an export ({MANIFEST}), nor a diffusers pipeline (model_index.json)."
+            f"{name} is neither a run ({RUN_CONFIG}), nor an export ({MANIFEST}), nor a diffusers pipeline ({INDEX})."
         )
     if solver is not None and (is_run or is_export):
         raise UserError(f"{name} is a student with a sampler of its own; leave solver {solver!r} out.")
     if checkpoint is not None and not is_run:
         raise UserError(f"{name} is not a run and has no checkpoints; leave checkpoint {str(checkpoint)!r} out.")
+    if lora is not None and (is_run or is_export):
+        raise UserError(f"{name} is a student; a LoRA goes onto a pipeline. Leave {str(lora)!r} out, or name the pipeline.")
     if is_run:
         return _run(name, path, checkpoint)
-    return _export(name, path) if is_export else _pipeline(name, solver or "ddim")
+    return _export(name, path) if is_export else _pipeline(name, solver or "ddim", lora)
 
 
 def _run(name: str, path: Path, checkpoint: str | Path | None) -> Target:
+    from diffdistill.training import checkpoint as checkpoints
     from diffdistill.training.loading import load_run
 
     run = load_run(path, checkpoint=checkpoint)
@@ -164,7 +184,8 @@ def _run(name: str, path: Path, checkpoint: str | Path | None) -> Target:
         sampler = run.sampler(num_steps)
         return sampler if guidance is None else dataclasses.replace(sampler, guidance=guidance)
 
-    return Target(name, "run", run.teacher, run.roles["student"], make, steps_of(run))
+    identity = {"checkpoint": sha256(run.checkpoint / checkpoints.STATE), "teacher": run.config.teacher}
+    return Target(name, "run", run.teacher, run.roles["student"], make, steps_of(run), identity)
 
 
 def steps_of(run: Any) -> int:
@@ -182,7 +203,7 @@ def _export(name: str, path: Path) -> Target:
         denoiser = teacher.denoiser
     else:
         teacher = load_teacher(manifest.base.path, device=usual_device(), size=size)
-        denoiser = _with_adapter(teacher, path) if manifest.kind == "peft" else _with_lora(teacher, manifest, path)
+        denoiser = _with_adapter(teacher, path) if manifest.kind == "peft" else _with_lora(teacher, path, LORA_FILE)
 
     def make(num_steps: int, guidance: float | None) -> AnySampler:
         scale = manifest.guidance if guidance is None else guidance
@@ -190,7 +211,7 @@ def _export(name: str, path: Path) -> Target:
             return Sampler(grids.trailing(denoiser.schedule, num_steps), "renoise", guidance=scale)
         return StockSampler(config, num_steps, scale, manifest.gives_sigmas, manifest.guidance_as_input)
 
-    return Target(name, "export", teacher, denoiser, make, manifest.step_counts[0])
+    return Target(name, "export", teacher, denoiser, make, manifest.step_counts[0], {"manifest": sha256(path / MANIFEST)})
 
 
 def _with_adapter(teacher: Teacher, path: Path) -> FamilyDenoiser:
@@ -203,32 +224,49 @@ def _with_adapter(teacher: Teacher, path: Path) -> FamilyDenoiser:
     return teacher.denoiser.with_network(merged.eval().requires_grad_(False))
 
 
-def _with_lora(teacher: Teacher, manifest: Manifest, path: Path) -> FamilyDenoiser:
-    """Return the base with a LoRA file merged in, read as the stock pipeline reads it."""
+def _with_lora(teacher: Teacher, path: str | Path, weight_name: str | None = None) -> FamilyDenoiser:
+    """Return the base with a LoRA file merged in, read as the stock pipeline reads it.
+
+    Raises:
+        UserError: no LoRA there, one for another network, or one that also changes the text encoder.
+    """
     import diffusers
 
     network: Any = teacher.network
+    component = teacher.family.component
     try:
-        found = getattr(diffusers, manifest.pipeline_class).lora_state_dict(str(path), weight_name=LORA_FILE)
-        network.load_lora_adapter(found[0] if isinstance(found, tuple) else found, prefix=manifest.component)
+        found = getattr(diffusers, teacher.pipeline_class).lora_state_dict(str(path), weight_name=weight_name)
+        weights = found[0] if isinstance(found, tuple) else found
+        if others := sorted({key.partition(".")[0] for key in weights} - {component}):
+            raise UserError(f"the LoRA in {path} also changes {', '.join(others)}; only {component} can be evaluated with one.")
+        network.load_lora_adapter(weights, prefix=component)
         network.fuse_lora()
         network.unload_lora()
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"cannot load the LoRA in {path}: {error}") from error
     return teacher.denoiser.with_network(network.eval().requires_grad_(False))
 
 
-def _pipeline(name: str, solver: str) -> Target:
+def _pipeline(name: str, solver: str, lora: str | Path | None) -> Target:
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     teacher = load_teacher(name, device=usual_device())
+    identity: dict[str, Any] = teacher.fingerprints()
+    denoiser = teacher.denoiser
+    if lora is not None:
+        denoiser = _with_lora(teacher, lora)
+        identity["lora"] = weights_fingerprint(teacher.network)
 
     def make(num_steps: int, guidance: float | None) -> AnySampler:
         scale = teacher.guidance if guidance is None else guidance
         if solver == "stock":
             return StockSampler(teacher.scheduler_config, num_steps, scale)
+        if solver in FEW_STEPS:
+            return StockSampler({**teacher.scheduler_config, "_class_name": FEW_STEPS[solver]}, num_steps, scale)
         if solver == "unipc":
             return StockSampler(stock.unipc(teacher.scheduler_config), num_steps, scale)
         return Sampler(grids.trailing(teacher.denoiser.schedule, num_steps), solver, guidance=scale)  # type: ignore[arg-type]
 
-    return Target(name, "pipeline", teacher, teacher.denoiser, make)
+    return Target(name, "pipeline", teacher, denoiser, make, identity=identity)

@@ -157,7 +157,7 @@ def line(name: str, result: dict, teacher: dict | None) -> str:
         }
     same = result.get("rmse_to_guided_teacher")
     return (
-        f"| {row.what} | {row.steps} | {evaluation['nfe']:g} | {100 * means['obeyed']:.1f} ± {100 * sds['obeyed']:.1f} | {apart['obeyed']} | "
+        f"| {row.what} | {row.steps} | {evaluation['cost']['nfe']:g} | {100 * means['obeyed']:.1f} ± {100 * sds['obeyed']:.1f} | {apart['obeyed']} | "
         f"{means['clip_score']:.2f} ± {sds['clip_score']:.2f} | {apart['clip_score']} | {means['fid']:.2f} ± {sds['fid']:.2f} | "
         f"{apart['fid']} | {'' if same is None else f'{same:.3f}'} |"
     )

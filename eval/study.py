@@ -136,7 +136,7 @@ def fid(evaluation: dict) -> float:
 
 def best_baseline(scores: dict, nfe: int) -> tuple[str, dict]:
     """Return the training-free sampler of lowest FID at no more than `nfe` network evaluations."""
-    candidates = [(name, e) for name, by_steps in scores.items() for e in by_steps.values() if e["nfe"] <= nfe]
+    candidates = [(name, e) for name, by_steps in scores.items() for e in by_steps.values() if e["cost"]["nfe"] <= nfe]
     return min(candidates, key=lambda item: fid(item[1]))
 
 

@@ -415,7 +415,12 @@ def protocol(here) -> str:
     from diffdistill.evaluation.protocol import PROTOCOLS_FOLDER
 
     values = yaml.safe_load((PROTOCOLS_FOLDER / "digits-short.yaml").read_text())
-    values |= {"name": "tiny", "num_images": 100, "metrics": ["fid", "accuracy"], "jackknife_groups": 10}
+    values |= {
+        "name": "tiny",
+        "num_images": 100,
+        "views": [{"extractor": "digits", "metrics": ["fid", "accuracy"]}],
+        "jackknife_groups": 10,
+    }
     (here / "tiny.yaml").write_text(yaml.safe_dump(values))
     return "tiny.yaml"
 
@@ -427,7 +432,7 @@ def test_eval_and_compare_print_tables_and_json(trained, protocol, here, capsys,
     assert {path.name for path in Path("student").iterdir()} == {"steps-1.json", "steps-2.json", "report.json", "report.html"}
     assert cli.main(["eval", "digits-unet", "--protocol", protocol, "--json", "-o", "teacher"]) == 0
     report = json.loads(capsys.readouterr().out)["evaluations"]
-    assert [entry["nfe"] for entry in report] == [4] and report[0]["values"]["fid"]["mean"] > 0
+    assert [entry["cost"]["nfe"] for entry in report] == [4] and report[0]["values"]["fid"]["mean"] > 0
     assert cli.main(["compare", "student", "teacher", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["method"] for row in rows] == ["student/steps-1", "student/steps-2", "teacher"]

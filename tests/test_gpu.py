@@ -11,7 +11,7 @@ import torch
 import diffdistill as dd
 from diffdistill import recipes
 from diffdistill.config import RunConfig, load_config
-from diffdistill.evaluation.features import load_extractor
+from diffdistill.evaluation.extractors import shapes_clip
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.targets import open_target
 from diffdistill.training.building import open_stage, open_teacher
@@ -94,6 +94,6 @@ def test_an_image_of_a_seed_is_the_one_the_cpu_makes(solver: str) -> None:
 
 def test_features_are_those_of_the_cpu() -> None:
     images = to_uint8(torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    on_gpu, on_cpu = load_extractor("shapes-clip"), load_extractor("shapes-clip", "cpu")
+    on_gpu, on_cpu = shapes_clip("cuda"), shapes_clip("cpu")
     assert on_gpu.fingerprint == on_cpu.fingerprint
     torch.testing.assert_close(on_gpu(images).features.cpu(), on_cpu(images).features, atol=1e-4, rtol=1e-4)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from diffdistill.config.combinations import problems
 from diffdistill.distillers import registry
 from diffdistill.distillers.base import MethodConfig, Needs
+from diffdistill.files import CACHE
 from diffdistill.mistakes import impossible
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.quantize import Quantization
@@ -50,9 +51,6 @@ class LabelsData(_Frozen):
     """No images: class labels drawn uniformly, for methods that need no data."""
 
     kind: Literal["labels"] = Field(description="labels")
-
-
-CACHE = Path.home() / ".cache" / "diffdistill"
 
 
 class PromptsData(_Frozen):

@@ -3,107 +3,139 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffdistill.data.shapes import parse_captions
-from diffdistill.evaluation.features import FeatureExtractor, Features, TextExtractor
+from diffdistill.evaluation.features import FeatureExtractor, Features, ScoringExtractor, TextExtractor
 from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
 from diffdistill.evaluation.metrics.sample import Sample
 from diffdistill.evaluation.moments import Moments
 from diffdistill.evaluation.shapes_detector import obeyed
+from diffdistill.evaluation.transforms import Transform
+from diffdistill.models.conditioning import Asked
 
 IMAGES_PER_BLOCK = 500
-LARGE = frozenset({"features", "spatial"})  # fields of a `Sample` that are left out where no metric reads them
+PIXELS_PER_BLOCK = 1 << 25  # fewer large images: 100 MB of bytes wait at most
+FEATURE_FIELDS = frozenset({"moments", "features", "logits", "spatial"})
+
+
+class Seen(NamedTuple):
+    """How the images of a pass are seen once: what is done to them, what sees them, and the fields of `Sample` wanted of it."""
+
+    transform: Transform
+    extractor: FeatureExtractor
+    needs: frozenset[str]
 
 
 class Collector:
-    """Takes uint8 images in batches of any size and returns the `Sample` that they make.
+    """Takes uint8 images in batches of any size and returns one `Sample` for each way in which they are seen.
 
-    The extractor always sees blocks of IMAGES_PER_BLOCK consecutive images: kernels of another batch size round float32
-    sums differently, and the result would then depend on how the generator was batched.
+    The extractors always see blocks of the same consecutive images: kernels of another batch size round float32 sums
+    differently, and the result would then depend on how the generator was batched.
     """
 
-    def __init__(self, extractor: FeatureExtractor, groups: Tensor, keep: frozenset[str] = LARGE):
+    def __init__(self, views: Sequence[Seen], groups: Tensor):
         """Prepare for len(groups) images.
 
         Args:
-            extractor: what sees the images.
+            views: how they are seen.
             groups: int64 (N,), the jackknife group of each image, numbered from 0.
-            keep: fields of `Sample` that are wanted; those of LARGE that are not among them will be None.
         """
-        self.extractor, self.groups, self.keep = extractor, groups, keep
-        self.moments = Moments(extractor.dim, int(groups.max()) + 1)
-        self.spatial: Moments | None = None
+        self.groups = groups
+        self.views = [_ViewCollector(view, int(groups.max()) + 1) for view in views]
+        self.needs = frozenset[str]().union(*(view.needs for view in views))
         self.waiting: list[Tensor] = []
-        self.features: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.pixels: list[Tensor] = []
+        self.labels: list[Tensor] = []
         self.captions: list[str] = []
+        self.pixels: list[Tensor] = []
         self.obeyed: list[Tensor] = []
         self.count = 0
+        self.done = 0
 
-    def add(self, images: Tensor, captions: Sequence[str] | None = None) -> None:
-        """Take the next images, uint8 (B, C, H, W), and their captions of the shapes, if they have any.
+    def add(self, images: Tensor, asked: Asked = None) -> None:
+        """Take the next images, uint8 (B, C, H, W), and what they were asked for: classes (B,), B captions or None.
 
         Raises:
-            ValueError: there are more images than were announced, or a caption is not of the grammar.
+            ValueError: there are more images than were announced, or a caption of the shapes is not of their grammar.
         """
-        check_uint8_images(images, self.extractor.channels, self.extractor.size)
+        check_uint8_images(images)
         if self.count + len(images) > len(self.groups):
             raise ValueError(f"{len(self.groups)} images were announced; got {self.count + len(images)} or more.")
         self.count += len(images)
-        self.pixels.append(pixel_statistics(images))
-        if captions is not None:
-            self.captions.extend(captions)
-            self.obeyed.append(torch.stack(obeyed(images.cpu(), parse_captions(list(captions))), 1))
+        if "pixels" in self.needs:
+            self.pixels.append(pixel_statistics(images))
+        if isinstance(asked, Tensor):
+            self.labels.append(asked.cpu())
+        elif asked is not None:
+            self.captions.extend(asked)
+            if "obeyed" in self.needs:
+                self.obeyed.append(torch.stack(obeyed(images.cpu(), parse_captions(list(asked))), 1))
         self.waiting.append(images)
-        waiting = torch.cat(self.waiting)
-        while len(waiting) >= IMAGES_PER_BLOCK:
-            self._extract(waiting[:IMAGES_PER_BLOCK])
-            waiting = waiting[IMAGES_PER_BLOCK:]
-        self.waiting = [waiting]
+        block = max(1, min(IMAGES_PER_BLOCK, PIXELS_PER_BLOCK // (images.shape[2] * images.shape[3])))
+        if sum(map(len, self.waiting)) >= block:
+            waiting = torch.cat(self.waiting)
+            while len(waiting) >= block:
+                self._extract(waiting[:block])
+                waiting = waiting[block:]
+            self.waiting = [waiting]
 
-    def finish(self, labels: Tensor | None) -> Sample:
-        """Return the sample; labels are int64 (N,) or None. Raises ValueError when images are missing."""
+    def finish(self) -> list[Sample]:
+        """Return the sample of each view. Raises ValueError when images are missing."""
         if self.count < len(self.groups):
             raise ValueError(f"{len(self.groups)} images were announced; got {self.count}.")
-        for rest in self.waiting:
-            if len(rest):
-                self._extract(rest)
-        self.waiting = []
-        features = torch.cat(self.features) if self.features else None
-        logits = torch.cat(self.logits) if self.logits else None
-        obeys = torch.cat(self.obeyed) if self.obeyed else None
-        return Sample(self.moments, features, logits, labels, torch.cat(self.pixels), self._texts(), obeys, self.spatial)
-
-    def _texts(self) -> Tensor | None:
-        """Return the vectors of the captions, (N, d), or None without captions or without an extractor that reads."""
-        if not self.captions or not isinstance(self.extractor, TextExtractor):
-            return None
-        starts = range(0, len(self.captions), IMAGES_PER_BLOCK)
-        return torch.cat([self.extractor.texts(self.captions[k : k + IMAGES_PER_BLOCK]).cpu() for k in starts])
+        rest, self.waiting = torch.cat(self.waiting), []
+        if len(rest):
+            self._extract(rest)
+        labels, pixels, obeys = _joined(self.labels), _joined(self.pixels), _joined(self.obeyed)
+        return [view.sample(labels, pixels, obeys) for view in self.views]
 
     def _extract(self, images: Tensor) -> None:
-        result: Features = self.extractor(images)
-        features, done = result.features.cpu(), self.moments.count
-        groups = self.groups[done : done + len(images)]
-        self.moments.update(features, groups)
-        if "features" in self.keep:
-            self.features.append(features)
-        if "spatial" in self.keep and result.spatial is not None:
-            if self.spatial is None:
-                self.spatial = Moments(result.spatial.shape[1], self.moments.num_groups)
-            self.spatial.update(result.spatial.cpu(), groups)
-        if result.logits is not None:
-            self.logits.append(result.logits.cpu())
+        part = slice(self.done, self.done + len(images))
+        for view in self.views:
+            view.add(images, self.groups[part], self.captions[part] if self.captions else None)
+        self.done += len(images)
 
 
-def collect(
-    extractor: FeatureExtractor, images: Tensor, labels: Tensor | None = None, captions: Sequence[str] | None = None
-) -> Sample:
-    """Return the sample of one tensor of uint8 images (N, C, H, W), its moments in a single group."""
-    collector = Collector(extractor, torch.zeros(len(images), dtype=torch.int64))
-    collector.add(images, captions)
-    return collector.finish(labels)
+class _ViewCollector:
+    """What one view has seen so far."""
+
+    def __init__(self, view: Seen, num_groups: int):
+        self.transform, self.extractor, self.needs = view
+        self.num_groups = num_groups
+        self.moments: dict[str, Moments] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def add(self, images: Tensor, groups: Tensor, captions: list[str] | None) -> None:
+        images = self.transform(images)
+        check_uint8_images(images, self.extractor.channels, self.extractor.size)
+        if self.needs & FEATURE_FIELDS:
+            self._take(self.extractor(images), groups)
+        if captions is not None and "texts" in self.needs and isinstance(self.extractor, TextExtractor):
+            self._keep("texts", self.extractor.texts(captions))
+        if captions is not None and "scores" in self.needs and isinstance(self.extractor, ScoringExtractor):
+            self._keep("scores", self.extractor.scores(images, captions))
+
+    def _take(self, found: Features, groups: Tensor) -> None:
+        for name, values in (("moments", found.features), ("spatial", found.spatial)):
+            if name in self.needs and values is not None:
+                if name not in self.moments:
+                    self.moments[name] = Moments(values.shape[1], self.num_groups)
+                self.moments[name].update(values.cpu(), groups)
+        self._keep("features", found.features)
+        self._keep("logits", found.logits)
+
+    def _keep(self, name: str, values: Tensor | None) -> None:
+        if name in self.needs and values is not None:
+            self.kept.setdefault(name, []).append(values.cpu())
+
+    def sample(self, labels: Tensor | None, pixels: Tensor | None, obeys: Tensor | None) -> Sample:
+        common = {"labels": labels, "pixels": pixels, "obeyed": obeys}
+        own = {**self.moments, **{name: torch.cat(parts) for name, parts in self.kept.items()}}
+        return Sample(**own, **{name: value for name, value in common.items() if name in self.needs})
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts) if parts else None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.evaluate import Evaluation
+from diffdistill.evaluation.result import Evaluation
 from diffdistill.evaluation.table import Row, table
 
 
@@ -33,7 +33,7 @@ class Comparison:
 def differences(reports: Mapping[str, Evaluation]) -> tuple[str, ...]:
     """Return one line per deciding field that is not equal in all reports: 'field: name=value, name=value'.
 
-    The fields are those of the protocol (but its name), the fingerprint of the extractor, and the number of blocks.
+    The fields are those of the protocol (but its name), the fingerprints of the extractors, and the number of blocks.
     """
     seen = {name: _deciding(report) for name, report in reports.items()}
     fields = sorted({field for values in seen.values() for field in values})
@@ -66,5 +66,6 @@ def compare(reports: Mapping[str, Evaluation], force: bool = False) -> Compariso
 
 
 def _deciding(report: Evaluation) -> dict[str, Any]:
-    fields = {f"protocol.{key}": value for key, value in report.protocol.items() if key != "name"}
-    return {**fields, "extractor fingerprint": report.fingerprint, "number of blocks": report.num_blocks}
+    fields = {f"protocol.{key}": value for key, value in report.protocol.items() if key not in ("name", "about")}
+    weights = {f"weights of {view['view']}": view["fingerprint"] for view in report.views}
+    return {**fields, **weights, "number of blocks": report.num_blocks}

@@ -1,116 +1,80 @@
 """Score a generator, or images that exist, under a protocol: one pass, every metric, values with their errors.
 
-Images never touch the disk. The result depends on the images alone and not on the batch size; a generator whose image k
-depends on seed k alone therefore has one number.
+Images touch the disk only where that is asked for. The result depends on the images alone and not on the batch size; a
+generator whose image k depends on seed k alone therefore has one number.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from typing import Protocol as Contract
 
 import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Collector
-from diffdistill.evaluation.features import FeatureExtractor, load_extractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.metrics.registry import METRICS
-from diffdistill.evaluation.metrics.sample import Sample, Value
+from diffdistill.evaluation.metrics.sample import SampleSum, Value
+from diffdistill.evaluation.parts import IMAGES_PER_PART, Part, PartFiles, Range, Times, ranges
 from diffdistill.evaluation.protocol import Protocol
-from diffdistill.evaluation.reference import Reference, build_reference, check_reference
+from diffdistill.evaluation.reference import NONE
+from diffdistill.evaluation.result import Cost, Evaluation, Summary, stacked, versions
+from diffdistill.evaluation.transforms import transform_of
+from diffdistill.evaluation.views import OpenView, open_views
 from diffdistill.models.conditioning import Asked
+from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.generate import Generate
 
-SCHEMA = 1
-LIBRARIES = ("diffdistill", "torch", "numpy", "diffusers")
-
 Progress = Callable[[int, int], None]
+Sink = Callable[[int, Tensor], None]
+"""(number of the first image over all blocks, uint8 images (B, C, H, W)): what leaves a generator, e.g. to be written."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A value over the blocks of seeds.
+class Keeping:
+    """Where the parts of an evaluation are kept, so that the same command goes on after a stop.
 
     Attributes:
-        mean: over the blocks.
-        sd: standard deviation between blocks (n - 1), None for a single block.
-        se: standard error of one block by the metric's own estimate (root mean square over blocks), None without one.
-        blocks: the value of each block.
+        folder: of the parts; deleted when all is done.
+        target: what makes the images, in words that change when they would.
     """
 
-    mean: float
-    sd: float | None
-    se: float | None
-    blocks: tuple[float, ...]
+    folder: Path
+    target: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ImageSource(Contract):
+    """Images that exist, in a fixed order."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def read(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield the images [start, stop), uint8 (B, C, H, W)."""
+        ...
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Every number of one evaluation and everything needed to know what it means.
+class TensorImages:
+    """Images in memory, uint8 (N, C, H, W), as an `ImageSource`."""
 
-    Attributes:
-        protocol, protocol_hash: the fields of the protocol, and its hash.
-        extractor, fingerprint: name and hex sha256 of the weights of the feature extractor.
-        reference: provenance of the real images' statistics.
-        num_images, num_blocks: images in one block, and blocks scored.
-        values: by name, e.g. fid, fid_jackknife, precision, accuracy, contrast; the classes in `metrics` say which.
-        reference_values: the figures that also exist for the real images, e.g. their accuracy and contrast.
-        skipped: metrics that could not run, with the reason.
-        num_steps, nfe: steps and network evaluations per image, as the caller says; None when unknown.
-        ms_per_image: wall time of generation alone, first batch excluded; None when nothing was generated or there was
-            only one batch.
-        seconds: wall time by stage: generate, features, metrics, reference.
-        device: where the images came from, e.g. "cpu" or the name of the GPU.
-        versions: of the libraries.
-    """
+    images: Tensor
 
-    protocol: dict[str, Any]
-    protocol_hash: str
-    extractor: str
-    fingerprint: str
-    reference: dict[str, Any]
-    num_images: int
-    num_blocks: int
-    values: dict[str, Summary]
-    reference_values: dict[str, float]
-    skipped: dict[str, str]
-    num_steps: int | None
-    nfe: float | None
-    ms_per_image: float | None
-    seconds: dict[str, float]
-    device: str
-    versions: dict[str, str]
+    def __len__(self) -> int:
+        return len(self.images)
 
-    def mean(self, name: str) -> float | None:
-        """Return the mean of a value over the blocks, None when it was not measured."""
-        return self.values[name].mean if name in self.values else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain dicts, lists and numbers, with the schema version first; `write_json` takes it as it is."""
-        return {"schema": SCHEMA, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, report: Mapping[str, Any]) -> Evaluation:
-        """Rebuild from `to_json`; raises UserError for another schema or missing fields."""
-        fields = {key: value for key, value in report.items() if key != "schema"}
-        if report.get("schema") != SCHEMA or set(fields) != set(cls.__dataclass_fields__):
-            raise UserError(
-                f"not an evaluation of schema {SCHEMA}; got schema {report.get('schema')!r} with fields "
-                f"{', '.join(sorted(fields))}. Evaluate again with this version."
-            )
-        fields["values"] = {
-            name: Summary(value["mean"], value["sd"], value["se"], tuple(value["blocks"]))
-            for name, value in fields["values"].items()
-        }
-        return cls(**fields)
+    def read(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield the images [start, stop) at once."""
+        yield self.images[start:stop]
 
 
 def evaluate(
@@ -121,182 +85,310 @@ def evaluate(
     nfe: float | None = None,
     num_steps: int | None = None,
     batch_size: int = 500,
-    extractor: FeatureExtractor | None = None,
-    reference: Reference | None = None,
+    views: Sequence[OpenView] | None = None,
+    keeping: Keeping | None = None,
+    processes: Processes = ALONE,
+    sink: Sink | None = None,
+    images_per_part: int = IMAGES_PER_PART,
 ) -> Evaluation:
-    """Generate the protocol's images block by block and score them.
+    """Generate the protocol's images part by part and score them.
 
-    The time per image is time.perf_counter around `generate`, waiting for the device, without the first batch (which
+    The time per image is time.perf_counter around `generate`, waiting for the device, without a process's first batch (which
     pays for compilation, allocation and caches). Quantising and features are not part of it.
 
     Args:
-        generate: (seeds, labels int64 (B,) on the CPU, or B captions) -> images (B, C, H, W), floating, in [-1, 1]. Image k may depend
-            on seed k and label k only, else the number depends on batch_size.
+        generate: (seeds, labels int64 (B,) on the CPU, B captions, or None) -> images (B, C, H, W), floating, in [-1, 1]. Image
+            k may depend on seed k and label k only, else the number depends on batch_size.
         protocol: what to generate and how to score it.
-        progress: called with (images done, images in all) after each batch.
+        progress: called with (images done, images in all) after each batch; of this process where there are several.
         nfe, num_steps: network evaluations and steps per image, recorded as given.
         batch_size: images per call of generate.
-        extractor: None loads the one the protocol names, on the GPU where there is one.
-        reference: None builds the one the protocol names.
+        views: None opens those of the protocol, on the GPU where there is one.
+        keeping: where parts are kept; None keeps them in memory. Several processes need it, on a disk that they share.
+        processes: share the parts; each gets the whole result.
+        sink: gets the images.
+        images_per_part: what is lost at most by a kill; another number changes values by rounding, about 1e-15.
     Raises:
-        UserError: extractor or reference do not fit the protocol.
+        UserError: extractor or reference do not fit the protocol, or the parts on disk are of another evaluation.
         ValueError: generate returned another number of images, another type, or values that are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive; got {batch_size}.")
-    run = _Run(protocol, extractor, reference)
-    total, done, device = protocol.num_images * len(protocol.first_seeds), 0, "cpu"
-    clock = _GenerationClock()
-    for block in range(len(protocol.first_seeds)):
-        seeds, asked = list(protocol.seeds(block)), protocol.asked(block)
-        for start in range(0, protocol.num_images, batch_size):
-            part = slice(start, min(start + batch_size, protocol.num_images))
-            images = clock.call(generate, seeds[part], asked[part])
-            run.add(to_uint8(images), asked[part])
-            done, device = done + len(images), _device_name(images.device)
-            if progress is not None:
-                progress(done, total)
-    run.seconds["generate"] = clock.seconds
-    return run.finish(num_steps=num_steps, nfe=nfe, ms_per_image=clock.ms_per_image, device=device)
+    scorer = _Scorer(protocol, views)
+    blocks = ranges(protocol, range(len(protocol.first_seeds)), images_per_part)
+    maker = _PartMaker(_Generated(generate, protocol, batch_size, sink), protocol, scorer.views)
+    _run(maker, scorer, blocks, progress, keeping, processes)
+    return scorer.finish(num_steps=num_steps, nfe=nfe, batch_size=batch_size)
 
 
 def evaluate_images(
-    images: Tensor | Iterable[Tensor],
-    labels: Asked,
+    images: Tensor | ImageSource,
+    asked: Asked,
     protocol: Protocol,
+    progress: Progress | None = None,
     *,
     nfe: float | None = None,
     num_steps: int | None = None,
-    extractor: FeatureExtractor | None = None,
-    reference: Reference | None = None,
+    views: Sequence[OpenView] | None = None,
+    keeping: Keeping | None = None,
+    processes: Processes = ALONE,
+    images_per_part: int = IMAGES_PER_PART,
 ) -> Evaluation:
     """Score images that exist already, e.g. read from a folder.
 
     Args:
-        images: uint8 (N, C, H, W), or an iterable of such batches, in the order of the protocol's seeds. N is
-            num_images for one block or num_images times the number of blocks for all.
-        labels: int64 (N,), the classes asked for, or N captions; None skips the metrics that need them and says so in the result.
-        protocol, nfe, num_steps, extractor, reference: as for `evaluate`.
+        images: uint8 (N, C, H, W), or a source of such, in the order of the protocol's seeds. N is num_images for one block or
+            num_images times the number of blocks for all.
+        asked: int64 (N,), the classes asked for, or N captions; None skips the metrics that need them and says so in the result.
+        protocol, progress, nfe, num_steps, views, keeping, processes, images_per_part: as for `evaluate`.
     Raises:
         UserError: the number of images is not that of the protocol, or extractor or reference do not fit it.
     """
-    run = _Run(protocol, extractor, reference)
-    done = 0
-    for batch in [images] if isinstance(images, Tensor) else images:
-        run.add(batch, None if labels is None else labels[done : done + len(batch)])
-        done += len(batch)
-    if labels is not None and len(labels) != done:
-        raise UserError(f"one label per image: got {len(labels)} labels for {done} images.")
-    return run.finish(num_steps=num_steps, nfe=nfe, ms_per_image=None, device="unknown")
+    source: ImageSource = TensorImages(images) if isinstance(images, Tensor) else images
+    num_blocks, rest = divmod(len(source), protocol.num_images)
+    if rest or num_blocks not in (1, len(protocol.first_seeds)):
+        raise UserError(_count_rule(protocol, len(source)))
+    if asked is not None and len(asked) != len(source):
+        raise UserError(f"one label or caption per image: got {len(asked)} for {len(source)} images.")
+    scorer = _Scorer(protocol, views)
+    blocks = ranges(protocol, range(num_blocks), images_per_part)
+    maker = _PartMaker(_Existing(source, asked, protocol), protocol, scorer.views)
+    _run(maker, scorer, blocks, progress, keeping, processes)
+    return scorer.finish(num_steps=num_steps, nfe=nfe)
 
 
-class _GenerationClock:
-    """Times a generator; the first call is left out of the time per image."""
+def _count_rule(protocol: Protocol, got: int) -> str:
+    count, blocks = protocol.num_images, len(protocol.first_seeds)
+    wanted = f"{count}" if blocks == 1 else f"{count} or {blocks} x {count}"
+    return (
+        f"protocol {protocol.name!r} scores {wanted} images; got {got}. A distance depends on the number: make as many images, or "
+        "write a protocol of your own with another num_images."
+    )
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._first: float | None = None
-        self._counted = 0
 
-    def call(self, generate: Generate, seeds: list[int], asked: Asked) -> Tensor:
+# --- Where the images come from
+
+
+class _Generated:
+    """Images of a generator, which is timed."""
+
+    def __init__(self, generate: Generate, protocol: Protocol, batch_size: int, sink: Sink | None):
+        self.generate, self.protocol, self.batch_size, self.sink = generate, protocol, batch_size, sink
+        self.times = Times()
+        self._is_first = True  # the first call of a process pays for what later ones find ready
+        self._asked: tuple[int, Asked] | None = None
+
+    def batches(self, part: Range) -> Iterator[tuple[Tensor, Asked]]:
+        seeds, asked = self.protocol.seeds(part.block), self._asked_of(part.block)
+        for start in range(part.start, part.stop, self.batch_size):
+            batch = slice(start, min(start + self.batch_size, part.stop))
+            wanted = None if asked is None else asked[batch]
+            images = to_uint8(self._timed(list(seeds[batch]), wanted), self.protocol.uint8_rule)
+            if self.sink is not None:
+                self.sink(part.block * self.protocol.num_images + start, images)
+            yield images, wanted
+
+    def _asked_of(self, block: int) -> Asked:
+        if self._asked is None or self._asked[0] != block:
+            self._asked = block, self.protocol.asked(block)
+        return self._asked[1]
+
+    def _timed(self, seeds: list[int], asked: Asked) -> Tensor:
         begin = time.perf_counter()
         with torch.no_grad():
-            images = generate(seeds, asked)
+            images = self.generate(seeds, asked)
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         elapsed = time.perf_counter() - begin
         if len(images) != len(seeds):
             raise ValueError(f"generate must return one image per seed; got {len(images)} for {len(seeds)} seeds.")
-        self.seconds += elapsed
-        if self._first is None:
-            self._first = elapsed
-        else:
-            self._counted += len(seeds)
+        counts = not self._is_first
+        self.times += Times(generate=elapsed, counted=elapsed * counts, counted_images=len(seeds) * counts)
+        self._is_first = False
         return images
 
-    @property
-    def ms_per_image(self) -> float | None:
-        return 1000 * (self.seconds - self._first) / self._counted if self._counted else None
+
+class _Existing:
+    """Images that are there."""
+
+    def __init__(self, source: ImageSource, asked: Asked, protocol: Protocol):
+        self.source, self.asked, self.protocol = source, asked, protocol
+        self.times = Times()
+
+    def batches(self, part: Range) -> Iterator[tuple[Tensor, Asked]]:
+        first = part.block * self.protocol.num_images
+        place = first + part.start
+        for images in self.source.read(place, first + part.stop):
+            yield images, None if self.asked is None else self.asked[place : place + len(images)]
+            place += len(images)
 
 
-class _Run:
-    """Takes images in order, cuts them into blocks of seeds, and scores each block when it is full."""
+# --- Parts
 
-    def __init__(self, protocol: Protocol, extractor: FeatureExtractor | None, reference: Reference | None):
+
+class _PartMaker:
+    """Makes the parts: images of a range, seen by every view."""
+
+    def __init__(self, source: _Generated | _Existing, protocol: Protocol, views: Sequence[OpenView]):
+        self.source, self.groups, self.seen = source, protocol.groups(), [view.seen for view in views]
+        self.transform = transform_of(protocol.transforms)
+
+    def make(self, part: Range, progress: Progress | None) -> Part:
+        groups, self.source.times = self.groups[part.start : part.stop], Times()
+        first = int(groups[0])
+        collector = Collector(self.seen, groups - first)
+        seeing, device = 0.0, "cpu"
+        for images, asked in self.source.batches(part):
+            begin = time.perf_counter()
+            collector.add(self.transform(images), asked)
+            seeing, device = seeing + time.perf_counter() - begin, _device_name(images.device)
+            if progress is not None:
+                progress(collector.count, len(groups))
+        begin = time.perf_counter()
+        samples = collector.finish()
+        seeing += time.perf_counter() - begin
+        return Part(samples, first, self.source.times + Times(features=seeing), device)
+
+
+def _run(
+    maker: _PartMaker,
+    scorer: _Scorer,
+    blocks: Sequence[Sequence[Range]],
+    progress: Progress | None,
+    keeping: Keeping | None,
+    processes: Processes,
+) -> None:
+    """Make every part, or this process's share of them, and give all of them to the scorer."""
+    every = [part for block in blocks for part in block]
+    if keeping is None:
+        if processes.count > 1:
+            raise ValueError("several processes put their parts together on disk: give `keeping`.")
+        for part, report in _reporting(every, progress):
+            scorer.add(part, maker.make(part, report))
+        return
+    files = PartFiles(keeping.folder, scorer.key(keeping.target, blocks))
+    mine = [part for part in every[processes.index :: processes.count] if not files.has(part)]
+    processes.wait()  # all have looked before the first one writes
+    for part, report in _reporting(mine, progress):
+        files.save(part, maker.make(part, report))
+    processes.wait()
+    for part in every:
+        scorer.add(part, files.load(part))
+    processes.wait()
+    if processes.is_main:
+        files.remove()
+
+
+def _reporting(parts: Sequence[Range], progress: Progress | None) -> Iterator[tuple[Range, Progress | None]]:
+    """Yield each part with a callback that counts the images of those before it."""
+    total, done = sum(part.count for part in parts), 0
+    for part in parts:
+        yield part, None if progress is None else lambda count, _, done=done: progress(done + count, total)
+        done += part.count
+
+
+# --- Scores
+
+
+class _Scorer:
+    """Takes parts in order and scores each block of seeds when it is complete."""
+
+    def __init__(self, protocol: Protocol, views: Sequence[OpenView] | None):
         self.protocol = protocol
-        self.seconds: dict[str, float] = dict.fromkeys(("generate", "features", "metrics", "reference"), 0.0)
-        self.extractor = load_extractor(protocol.extractor) if extractor is None else extractor
+        self.seconds = dict.fromkeys(("generate", "features", "metrics", "reference"), 0.0)
         with self._timed("reference"):
-            self.reference = build_reference(protocol, self.extractor) if reference is None else reference
-            check_reference(self.reference, protocol, self.extractor)
+            self.views = open_views(protocol) if views is None else list(views)
+        self.times, self.device = Times(), "unknown"
         self.blocks: list[dict[str, Value]] = []
-        self.skipped: dict[str, str] = {}
+        asked_for = {name for view in self.views for name in view.metrics}
+        self.skipped = {name: "not asked for" for name in protocol.metrics if name not in asked_for}
+        self.warnings: list[str] = []
         self._start_block()
 
-    def add(self, images: Tensor, labels: Asked) -> None:
-        """Take uint8 images (B, C, H, W) and their labels (B,) or captions."""
-        while len(images):
-            if len(self.blocks) == len(self.protocol.first_seeds):
-                raise UserError(self._count_rule("more"))
-            room = self.protocol.num_images - self.collector.count
-            with self._timed("features"):
-                self.collector.add(images[:room], labels[:room] if isinstance(labels, list) else None)
-            if isinstance(labels, Tensor):
-                self.labels.append(labels[:room])
-            labels = None if labels is None else labels[room:]
-            images = images[room:]
-            if self.collector.count == self.protocol.num_images:
-                self._score_block()
+    def key(self, target: Mapping[str, Any], blocks: Sequence[Sequence[Range]]) -> dict[str, Any]:
+        """Return what decides the parts of this evaluation."""
+        return {
+            "protocol": self.protocol.hash,
+            "target": dict(target),
+            "extractors": [[view.extractor.name, view.extractor.fingerprint, sorted(view.seen.needs)] for view in self.views],
+            "images_per_part": blocks[0][0].count,
+        }
 
-    def finish(self, **facts: Any) -> Evaluation:
-        """Return the evaluation; raises UserError for a number of images that is not the protocol's."""
-        if self.collector.count or len(self.blocks) not in (1, len(self.protocol.first_seeds)):
-            raise UserError(self._count_rule(len(self.blocks) * self.protocol.num_images + self.collector.count))
+    def _start_block(self) -> None:
+        self.sums = [SampleSum(self.protocol.jackknife_groups) for _ in self.views]
+        self.count = 0
+
+    def add(self, part: Range, content: Part) -> None:
+        """Take the next part."""
+        for total, sample in zip(self.sums, content.samples, strict=True):
+            total.add(sample, content.first_group)
+        self.times, self.device = self.times + content.times, content.device
+        self.count += part.count
+        if self.count == self.protocol.num_images:
+            with self._timed("metrics"):
+                self.blocks.append(self._score())
+            self._start_block()
+
+    def _score(self) -> dict[str, Value]:
+        seed, values = self.protocol.metric_seed + len(self.blocks), dict[str, Value]()
+        for view, total in zip(self.views, self.sums, strict=True):
+            sample = total.sample()
+            for name in view.metrics:
+                metric = METRICS[name]
+                if missing := sample.missing(metric.needs):
+                    self.skipped[name] = f"needs {' and '.join(missing)}"
+                elif not metric.absolute and (missing := view.reference.sample.missing(metric.needs)):
+                    self.skipped[name] = f"needs {' and '.join(missing)} of the real images"
+                else:
+                    with warnings.catch_warnings(record=True) as caught:
+                        warnings.simplefilter("always")
+                        values |= metric(sample, view.reference.sample, seed)
+                    self.warnings += [text for warning in caught if (text := f"{name}: {warning.message}") not in self.warnings]
+        return values
+
+    def finish(self, num_steps: int | None, nfe: float | None, batch_size: int | None = None) -> Evaluation:
+        """Return the evaluation."""
+        seconds = {**self.seconds, "generate": self.times.generate, "features": self.times.features}
+        counted = self.times.counted_images
         return Evaluation(
             protocol=self.protocol.model_dump(mode="json"),
             protocol_hash=self.protocol.hash,
-            extractor=self.extractor.name,
-            fingerprint=self.extractor.fingerprint,
-            reference=self.reference.provenance,
+            views=[
+                {
+                    "view": str(view.view),
+                    "extractor": view.extractor.name,
+                    "fingerprint": view.extractor.fingerprint,
+                    "reference": view.reference.provenance,
+                }
+                for view in self.views
+            ],
             num_images=self.protocol.num_images,
             num_blocks=len(self.blocks),
-            values={name: _summary([block[name] for block in self.blocks]) for name in self.blocks[0]},
+            values={name: Summary.of([block[name] for block in self.blocks]) for name in self.blocks[0]},
             reference_values=self._reference_values(),
             skipped=self.skipped,
-            seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
-            versions=_versions(),
-            **facts,
+            warnings=self.warnings,
+            cost=Cost(
+                num_steps=num_steps,
+                nfe=nfe,
+                ms_per_image=1000 * self.times.counted / counted if counted else None,
+                batch_size=batch_size,
+            ),
+            seconds={stage: round(value, 3) for stage, value in seconds.items()},
+            device=self.device,
+            versions=versions(),
+            each=stacked(self.blocks, "each"),
+            deleted=stacked(self.blocks, "deleted"),
         )
 
-    def _start_block(self) -> None:
-        needs = frozenset().union(*(METRICS[name].needs for name in self.protocol.metrics))
-        self.collector = Collector(self.extractor, self.protocol.groups(), needs)
-        self.labels: list[Tensor] = []
-
-    def _score_block(self) -> None:
-        with self._timed("features"):
-            sample = self.collector.finish(torch.cat(self.labels).cpu() if self.labels else None)
-        seed = self.protocol.metric_seed + len(self.blocks)
-        values: dict[str, Value] = {}
-        with self._timed("metrics"):
-            for name in self.protocol.metrics:
-                if missing := _missing(name, sample):
-                    self.skipped[name] = f"needs {missing}"
-                else:
-                    values |= METRICS[name](sample, self.reference.sample, seed)
-        self.blocks.append(values)
-        self._start_block()
-
     def _reference_values(self) -> dict[str, float]:
-        real = self.reference.sample
-        names = [name for name in self.protocol.metrics if METRICS[name].absolute and not _missing(name, real)]
-        results = [METRICS[name](real, real, self.protocol.metric_seed) for name in names]
-        return {key: value.value for result in results for key, value in result.items()}
-
-    def _count_rule(self, got: int | str) -> str:
-        count, blocks = self.protocol.num_images, len(self.protocol.first_seeds)
-        wanted = f"{count}" if blocks == 1 else f"{count} or {blocks} x {count}"
-        return f"protocol {self.protocol.name!r} scores {wanted} images; got {got}. The value depends on the number."
+        found: dict[str, float] = {}
+        for view in self.views:
+            real = view.reference.sample
+            names = [name for name in view.metrics if METRICS[name].absolute and not real.missing(METRICS[name].needs)]
+            for name in names if self.protocol.reference != NONE else []:
+                found |= {key: value.value for key, value in METRICS[name](real, real, self.protocol.metric_seed).items()}
+        return found
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -305,24 +397,5 @@ class _Run:
         self.seconds[stage] += time.perf_counter() - begin
 
 
-def _missing(name: str, sample: Sample) -> str:
-    return " and ".join(sorted(need for need in METRICS[name].needs if getattr(sample, need) is None))
-
-
-def _summary(values: list[Value]) -> Summary:
-    numbers = tuple(value.value for value in values)
-    errors = [value.se for value in values if value.se is not None]
-    return Summary(
-        mean=statistics.fmean(numbers),
-        sd=statistics.stdev(numbers) if len(numbers) > 1 else None,
-        se=math.sqrt(statistics.fmean(error**2 for error in errors)) if errors else None,
-        blocks=numbers,
-    )
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -1,4 +1,4 @@
-"""Feature extractors: callables from uint8 images to features, in strict float32, identified by their weights."""
+"""Feature extractors: callables from uint8 images to features, in a stated precision, identified by their weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffdistill.device import usual_device
-from diffdistill.errors import UserError, unknown_name
+from diffdistill.errors import UserError
 from diffdistill.evaluation.images import check_uint8_images
 from diffdistill.models.fingerprint import weights_fingerprint
 
+Precision = typing.Literal["float32", "tf32", "float16", "bfloat16"]
 SHAPES_FOLDER = Path(__file__).parents[1] / "assets" / "shapes-clip"
 DIGITS_FOLDER = Path(__file__).parents[1] / "assets" / "digits-classifier"
 
@@ -49,20 +49,30 @@ class FeatureExtractor(typing.Protocol):
 
 
 @contextlib.contextmanager
-def strict_float32() -> Iterator[None]:
-    """No gradients, no autocast, no TF32: tensor-float products would move a Frechet distance in the third digit."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def computing(precision: Precision) -> Iterator[None]:
+    """No gradients, and the arithmetic of a precision whatever was set before.
+
+    float32 is strict: no autocast and no TF32, whose products would move a Frechet distance in the third digit. float16 and
+    bfloat16 are autocast's; tf32 changes nothing on a CPU.
+    """
+    matmul = torch.get_float32_matmul_precision()
+    half = getattr(torch, precision) if precision in ("float16", "bfloat16") else None
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         with (
             torch.no_grad(),
-            torch.autocast("cuda", enabled=False),
-            torch.autocast("cpu", enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+            torch.autocast("cuda", dtype=half or torch.float16, enabled=half is not None),
+            torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"),
         ):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(matmul)
+
+
+def strict_float32() -> contextlib.AbstractContextManager[None]:
+    """No gradients, no autocast, no TF32."""
+    return computing("float32")
 
 
 @typing.runtime_checkable
@@ -71,6 +81,15 @@ class TextExtractor(FeatureExtractor, typing.Protocol):
 
     def texts(self, captions: list[str]) -> Tensor:
         """Return the vectors of B captions, float32 (B, d)."""
+        ...
+
+
+@typing.runtime_checkable
+class ScoringExtractor(FeatureExtractor, typing.Protocol):
+    """An extractor that also scores images, most of them together with what was asked for."""
+
+    def scores(self, images: Tensor, captions: list[str]) -> Tensor:
+        """Return one score for each of the uint8 images (B, C, H, W) and its caption, float32 (B,)."""
         ...
 
 
@@ -162,22 +181,3 @@ class CallableExtractor:
                 f"extractor {self.name!r} must return features ({len(images)}, {self.dim}); got {tuple(found.features.shape)}."
             )
         return Features(*(None if part is None else part.float() for part in found))
-
-
-def shapes_clip(device: str | torch.device = "cpu") -> ClipExtractor:
-    """Return the embedded CLIP of the shapes. No training may use it."""
-    return ClipExtractor(SHAPES_FOLDER, "shapes-clip", device)
-
-
-EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {"digits": DigitsExtractor, "shapes-clip": shapes_clip}
-
-
-def load_extractor(name: str, device: str | torch.device | None = None) -> FeatureExtractor:
-    """Build the extractor of that name on a device, None for the GPU where there is one.
-
-    Raises:
-        UserError: the name is not in EXTRACTORS (the message lists them), or its weights cannot be read.
-    """
-    if name not in EXTRACTORS:
-        raise unknown_name("feature extractor", name, EXTRACTORS)
-    return EXTRACTORS[name](device=usual_device() if device is None else device)

@@ -85,6 +85,18 @@ class Moments:
         total.outers += self.outers
         return total
 
+    def include(self, part: Moments, first_group: int = 0) -> None:
+        """Add the samples of `part` in place; its group g is group first_group + g here."""
+        if part.shift is None:
+            return
+        if self.shift is None:
+            self.shift = part.shift.clone()
+        moved = part._shifted_to(self.shift)
+        groups = slice(first_group, first_group + part.num_groups)
+        self.counts[groups] += moved.counts
+        self.sums[groups] += moved.sums
+        self.outers[groups] += moved.outers
+
     def pooled(self) -> Moments:
         """Return the same samples as one group."""
         return self._select(torch.ones(self.num_groups, dtype=torch.bool))

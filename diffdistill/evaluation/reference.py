@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +16,26 @@ from torch import Tensor
 
 from diffdistill.data.digits import digits
 from diffdistill.data.shapes import shapes
-from diffdistill.errors import UserError, unknown_name
-from diffdistill.evaluation.collect import collect
+from diffdistill.errors import UserError
+from diffdistill.evaluation.collect import Collector, Seen
 from diffdistill.evaluation.features import FeatureExtractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.metrics.sample import Sample
-from diffdistill.evaluation.moments import Moments
-from diffdistill.evaluation.protocol import Protocol
-from diffdistill.files import sha256, write_atomic, write_json
+from diffdistill.evaluation.protocol import Protocol, View
+from diffdistill.evaluation.transforms import transform_of
+from diffdistill.files import CACHE, sha256, write_atomic, write_json
+from diffdistill.models.conditioning import Asked
+
+EVERYTHING = frozenset(field.name for field in fields(Sample))
+FOLDER_VARIABLE = "DIFFDISTILL_REFERENCES"
+NONE = "none"  # the reference of a protocol that compares with no real images
 
 
 class RealImages(NamedTuple):
     """Real images, uint8 (N, C, H, W), and their classes, int64 (N,), or their captions."""
 
     images: Tensor
-    labels: Tensor | None = None
-    captions: list[str] | None = None
-
-
-SAVED = ("features", "logits", "labels", "pixels", "texts", "obeyed")  # fields of a `Sample` beside its moments
-MOMENTS = ("moments", "spatial")
+    asked: Asked = None
 
 
 @dataclass(frozen=True)
@@ -57,53 +58,99 @@ def all_digits() -> RealImages:
 def drawn_shapes() -> RealImages:
     """Return NUM_DRAWN shapes that no training draws, held-out pairs among them, with their captions."""
     drawn = shapes(NUM_DRAWN, seed=1, only_trained=False)
-    return RealImages(to_uint8(drawn.images), captions=drawn.scenes.captions())
+    return RealImages(to_uint8(drawn.images), drawn.scenes.captions())
 
 
 NUM_DRAWN = 10_000
 REFERENCES: dict[str, Callable[[], RealImages]] = {"digits-all": all_digits, "shapes-drawn": drawn_shapes}
 
 
-def _provenance(protocol: Protocol, extractor: FeatureExtractor) -> dict[str, Any]:
+def references_folder() -> Path:
+    """Return where statistics are kept: DIFFDISTILL_REFERENCES, or ~/.cache/diffdistill/references."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or CACHE / "references")
+
+
+def provenance(protocol: Protocol, view: View, extractor: FeatureExtractor) -> dict[str, Any]:
+    """Return what statistics must say of themselves to be used for a view."""
     return {
         "reference": protocol.reference,
-        "reference_hash": protocol.reference_hash,
+        "reference_hash": protocol.reference_hash(view),
         "extractor": extractor.name,
         "fingerprint": extractor.fingerprint,
     }
 
 
-def build_reference(protocol: Protocol, extractor: FeatureExtractor) -> Reference:
-    """Compute the statistics of the protocol's real images (well under a second for the digits).
+def measure(
+    batches: Iterable[tuple[Tensor, Asked]],
+    count: int,
+    protocol: Protocol,
+    views: Sequence[tuple[View, FeatureExtractor, frozenset[str]]],
+    source: dict[str, Any] | None = None,
+) -> list[Reference]:
+    """Return the reference of each view, from one pass over real images.
+
+    Args:
+        batches: uint8 (B, C, H, W) as they are, with their classes (B,), their captions, or None.
+        count: number of images in all.
+        protocol: whose reference they are; its transforms of real images are applied here.
+        views: each with its extractor and the fields of `Sample` to be kept.
+        source: further facts for the provenance, e.g. the folder.
+    Raises:
+        UserError: an extractor that is not the view's.
+    """
+    for view, extractor, _ in views:
+        check_extractor(protocol, view, extractor)
+    seen = [Seen(transform_of((*protocol.reference_transforms, *view.transforms)), *rest) for view, *rest in views]
+    collector = Collector(seen, torch.zeros(count, dtype=torch.int64))
+    for images, asked in batches:
+        collector.add(images, asked)
+    samples = zip(views, collector.finish(), strict=True)
+    return [
+        Reference(sample, {**provenance(protocol, view, extractor), "count": count, **(source or {})})
+        for (view, extractor, _), sample in samples
+    ]
+
+
+def build_reference(protocol: Protocol, view: View, extractor: FeatureExtractor) -> Reference:
+    """Compute the statistics of a protocol's embedded real images for a view (well under a second for the digits).
 
     Raises:
-        UserError: the protocol names a set of real images that is not in REFERENCES, or another extractor.
+        UserError: the protocol's real images are not embedded, or another extractor than the view's.
     """
     if protocol.reference not in REFERENCES:
-        raise unknown_name("reference", protocol.reference, REFERENCES, f"protocol {protocol.name!r}")
-    check_extractor(protocol, extractor)
+        raise _absent(protocol, view, extractor)
     real = REFERENCES[protocol.reference]()
-    provenance = {**_provenance(protocol, extractor), "count": len(real.images)}
-    return Reference(collect(extractor, *real), provenance)
+    return measure([real], len(real.images), protocol, [(view, extractor, EVERYTHING)])[0]
 
 
-def check_extractor(protocol: Protocol, extractor: FeatureExtractor) -> None:
-    """Refuse, with a UserError, an extractor other than the one the protocol names."""
-    if extractor.name != protocol.extractor:
+def _absent(protocol: Protocol, view: View, extractor: FeatureExtractor) -> UserError:
+    about = f" {protocol.about}" if protocol.about else ""
+    return UserError(
+        f"protocol {protocol.name!r} compares with {protocol.reference!r}, of which there are no statistics for {view} "
+        f"(weights {extractor.fingerprint[:12]}) in {references_folder()}. Make them with "
+        f"`diffdistill stats IMAGES --protocol {protocol.name}`, or take those of another package with "
+        f"`diffdistill stats FILE --protocol {protocol.name} --format FORMAT`.{about}"
+    )
+
+
+def check_extractor(protocol: Protocol, view: View, extractor: FeatureExtractor) -> None:
+    """Refuse, with a UserError, an extractor other than the one the view names; its own with random weights will do."""
+    named = ":" in view.extractor or extractor.name.startswith(f"{view.extractor}-random-")
+    if extractor.name != view.extractor and not named:
         raise UserError(
-            f"protocol {protocol.name!r} is for extractor {protocol.extractor!r}; got {extractor.name!r}. "
+            f"protocol {protocol.name!r} is for extractor {view.extractor!r}; got {extractor.name!r}. "
             "Give the protocol that extractor's name, which changes its hash."
         )
 
 
-def check_reference(reference: Reference, protocol: Protocol, extractor: FeatureExtractor) -> None:
-    """Refuse reference statistics made for other images, with another extractor or with other weights.
+def check_reference(reference: Reference, protocol: Protocol, view: View, extractor: FeatureExtractor) -> None:
+    """Refuse reference statistics made for other images, with another extractor or resize, or with other weights.
 
     Raises:
         UserError: naming each field that differs, with both values.
     """
-    check_extractor(protocol, extractor)
-    wanted = _provenance(protocol, extractor)
+    check_extractor(protocol, view, extractor)
+    wanted = provenance(protocol, view, extractor)
     differing = [
         f"{key}: statistics {reference.provenance.get(key)!r}, wanted {value!r}"
         for key, value in wanted.items()
@@ -120,19 +167,14 @@ def check_reference(reference: Reference, protocol: Protocol, extractor: Feature
 def save_reference(reference: Reference, path: str | Path) -> Path:
     """Write PATH (npz) and PATH with suffix .json (provenance and the sha256 of the npz), each atomically."""
     path = Path(path)
-    sample = reference.sample
-    states = {name: moments.state() for name in MOMENTS if (moments := getattr(sample, name)) is not None}
-    tensors = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-    fields = {key: getattr(sample, key) for key in SAVED}
-    tensors |= {key: value for key, value in fields.items() if value is not None}
     buffer = io.BytesIO()
-    np.savez(buffer, **{key: value.numpy() for key, value in tensors.items()})
+    np.savez(buffer, **{key: value.numpy() for key, value in reference.sample.tensors().items()})  # type: ignore[arg-type]
     write_atomic(path, buffer.getvalue())
     write_json(path.with_suffix(".json"), {"schema": 1, "sha256": sha256(path), **reference.provenance})
     return path
 
 
-def load_reference(path: str | Path, protocol: Protocol, extractor: FeatureExtractor) -> Reference:
+def load_reference(path: str | Path, protocol: Protocol, view: View, extractor: FeatureExtractor) -> Reference:
     """Read what `save_reference` wrote.
 
     Raises:
@@ -143,32 +185,38 @@ def load_reference(path: str | Path, protocol: Protocol, extractor: FeatureExtra
     sidecar = path.with_suffix(".json")
     if not path.is_file() or not sidecar.is_file():
         raise UserError(f"reference statistics need {path.name} and {sidecar.name} side by side in {path.parent}.")
-    provenance = json.loads(sidecar.read_text())
-    if provenance.pop("schema", None) != 1 or provenance.pop("sha256", None) != sha256(path):
-        raise UserError(f"{path} is not the file that {sidecar.name} describes. Delete both; they are built again.")
+    facts = json.loads(sidecar.read_text())
+    if facts.pop("schema", None) != 1 or facts.pop("sha256", None) != sha256(path):
+        raise UserError(f"{path} is not the file that {sidecar.name} describes. Delete both, and make them again.")
     with np.load(path) as stored:
         tensors = {key: torch.from_numpy(stored[key]) for key in stored.files}
-    moments = {name: _moments(name, tensors) for name in MOMENTS}
-    fields = {key: tensors.get(key) for key in SAVED}
-    reference = Reference(Sample(**moments, **fields), provenance)
-    check_reference(reference, protocol, extractor)
+    reference = Reference(Sample.from_tensors(tensors), facts)
+    check_reference(reference, protocol, view, extractor)
     return reference
 
 
-def _moments(name: str, tensors: Mapping[str, Tensor]) -> Moments | None:
-    """Return the moments stored as NAME.key, None where there are none."""
-    state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    return Moments.from_state(state) if state else None
+def reference_path(protocol: Protocol, view: View, extractor: FeatureExtractor, folder: str | Path | None = None) -> Path:
+    """Return where the statistics of a view are kept; protocols that differ elsewhere share them."""
+    name = f"{protocol.reference}-{protocol.reference_hash(view)[:12]}-{extractor.fingerprint[:12]}.npz"
+    return Path(folder or references_folder()) / name
 
 
-def reference_for(protocol: Protocol, extractor: FeatureExtractor, cache: str | Path | None = None) -> Reference:
-    """Return the protocol's reference, from the cache folder when it is there, else built and (given a folder) kept."""
-    if cache is None:
-        return build_reference(protocol, extractor)
-    name = f"{protocol.reference}-{protocol.reference_hash[:12]}-{extractor.fingerprint[:12]}.npz"
-    path = Path(cache) / name
+def reference_for(protocol: Protocol, view: View, extractor: FeatureExtractor, cache: str | Path | None = None) -> Reference:
+    """Return the reference of a view: from its file where there is one, else built of embedded images and kept.
+
+    Args:
+        protocol, view, extractor: what it is for.
+        cache: folder of the files; None neither reads nor keeps those of embedded images.
+    Raises:
+        UserError: statistics that are missing or do not fit; the message says how to make them.
+    """
+    if protocol.reference == NONE:
+        return Reference(Sample(), {**provenance(protocol, view, extractor), "count": 0})
+    if protocol.reference in REFERENCES and cache is None:
+        return build_reference(protocol, view, extractor)
+    path = reference_path(protocol, view, extractor, cache)
     if path.is_file() and path.with_suffix(".json").is_file():
-        return load_reference(path, protocol, extractor)
-    reference = build_reference(protocol, extractor)
+        return load_reference(path, protocol, view, extractor)
+    reference = build_reference(protocol, view, extractor)
     save_reference(reference, path)
     return reference

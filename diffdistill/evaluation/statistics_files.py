@@ -6,15 +6,15 @@
 | `edm2` | pickle | num_images; fid, fd_dinov2: mu, sigma each | the same; dinov2-vit-l-14 after torch_bicubic or pil_bicubic_u8 |
 | `adm` | npz | mu, sigma, mu_s, sigma_s; arr_0: uint8 images | inception after tf1_bilinear; `_s`: its spatial features, for sFID |
 | `clean-fid` | npz | mu, sigma; or feats in the file for KID | what the mode in the file's name says |
-| `pytorch-fid` | npz | mu, sigma | inception after torch_bilinear |
+| `pytorch-fid` | npz | mu, sigma | inception-pytorch-fid after torch_bilinear |
 | `cmmd` | npy | embeddings | clip-vit-l-14-336px after pil_bicubic_u8 |
 | `torch-fidelity` | torch | mu, sigma; or one tensor of features | the network in the file's name after tf1_bilinear |
 
 The last column is what the package's own code does; no file carries it, and one network under two resizes gives Frechet distances up
 to three percent apart. So the reader must say what turned the evaluated images into features, and is refused where the format implies
 something else. `inception` is the network of the TensorFlow graph of 2015-12-05; the other names are torch-fidelity's, the resizes
-those of `evaluation.resize` (and torch_bicubic: antialiased, not clipped). Inception takes bytes as x / 127.5 - 1 after
-torch_bilinear and as (x - 128) / 128 after the others. The images of a reference are not in its statistics: the
+those of `evaluation.resize` (and torch_bicubic: antialiased, not clipped). `inception` takes bytes as (x - 128) / 128,
+`inception-pytorch-fid`, the same network, as x / 127.5 - 1. The images of a reference are not in its statistics: the
 10,000 in ADM's `arr_0` are for precision and recall, while mu and sigma are of the whole training set.
 
 EDM2's and torch-fidelity's files are pickles; they are read as `array_pickles` reads them, without running any code.
@@ -127,7 +127,7 @@ def read_statistics(path: str | Path, pipeline: Pipeline, dim: int, format: Form
 
 TENSORFLOW = Pipeline("inception", "tf1_bilinear")
 CLEAN = Pipeline("inception", "pil_bicubic")
-PYTORCH = Pipeline("inception", "torch_bilinear")
+PYTORCH = Pipeline("inception-pytorch-fid", "torch_bilinear")
 
 PIPELINES: dict[tuple[Format, str], tuple[Pipeline, ...]] = {
     ("edm", "fid"): (TENSORFLOW,),

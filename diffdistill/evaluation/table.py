@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from diffdistill.evaluation.evaluate import Evaluation
+from diffdistill.evaluation.result import Evaluation
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Row:
         fid = evaluation.values.get("fid")
         return cls(
             method=method,
-            steps=evaluation.num_steps,
-            nfe=evaluation.nfe,
+            steps=evaluation.cost.num_steps,
+            nfe=evaluation.cost.nfe,
             fid_sd=fid.sd if fid else None,
-            ms_per_image=evaluation.ms_per_image,
-            **{name: evaluation.mean(name) for name in distances + spreads + scores},
+            ms_per_image=evaluation.cost.ms_per_image,
+            **{name: evaluation.figure(name) for name in distances + spreads + scores},
         )
 
 

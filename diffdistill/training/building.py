@@ -16,10 +16,10 @@ from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import HEAD, Roles, Shadow, build_roles
+from diffdistill.processes import Processes
 from diffdistill.training.data_feed import DataFeed, build_source, micro_batch_size
 from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import RoleOptimizer
-from diffdistill.training.text_data import Processes
 
 
 def build_accelerator(precision: str) -> Any:

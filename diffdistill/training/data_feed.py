@@ -15,8 +15,9 @@ from diffdistill.data.trajectories import Trajectories
 from diffdistill.distillers.base import Batch, PairBatch, TrajectoryBatch
 from diffdistill.errors import UserError
 from diffdistill.models.loading import Teacher
+from diffdistill.processes import ALONE, Processes
 from diffdistill.training.conditions import Conditions
-from diffdistill.training.text_data import ALONE, Processes, text_source
+from diffdistill.training.text_data import text_source
 
 IMAGES_PER_PASS = 64
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import RunConfig, TextData
-from diffdistill.config.settings import CACHE
 from diffdistill.data.batches import derive_seed, keyed_generator
 from diffdistill.distillers.base import Distiller
 from diffdistill.evaluation.images import to_uint8
@@ -125,7 +124,7 @@ def asked_in_samples(config: RunConfig, teacher: Teacher, num: int) -> Asked:
 
 
 class Validation:
-    """Scores of the student under a protocol; extractor and reference are built once.
+    """Scores of the student under a protocol; its views are opened once.
 
     Args:
         protocol: a name or a YAML file.
@@ -133,13 +132,12 @@ class Validation:
     """
 
     def __init__(self, teacher: Teacher, protocol: str, steps: tuple[int, ...]) -> None:
-        from diffdistill.evaluation.features import load_extractor
         from diffdistill.evaluation.protocol import load_protocol
-        from diffdistill.evaluation.reference import reference_for
+        from diffdistill.evaluation.reference import references_folder
+        from diffdistill.evaluation.views import open_views
 
-        self.teacher, self.steps, self.protocol = teacher, steps, load_protocol(protocol)
-        self.extractor = load_extractor(self.protocol.extractor)
-        self.reference = reference_for(self.protocol, self.extractor, CACHE / "references")
+        self.teacher, self.steps, self.protocol = teacher, steps, load_protocol(protocol).pinned()
+        self.views = open_views(self.protocol, cache=references_folder())
 
     def scores(self, roles: Roles, distiller: Distiller) -> dict[str, float]:
         """Return "eval/metric@steps" -> value, and as "fid" the FID at the first step count, by which the best is kept."""
@@ -153,8 +151,7 @@ class Validation:
                 self.protocol,
                 nfe=sampler.nfe,
                 num_steps=count,
-                extractor=self.extractor,
-                reference=self.reference,
+                views=self.views,
             )
             found |= {f"eval/{name}@{count}": summary.mean for name, summary in result.values.items()}
         return found | ({"fid": found[key]} if (key := f"eval/fid@{self.steps[0]}") in found else {})

@@ -24,12 +24,12 @@ from diffdistill.errors import UserError
 from diffdistill.math import grids
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.loading import Teacher
+from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.sampling.trajectories import PER_PASS, TrajectorySpec, make_trajectories
 from diffdistill.training.conditions import Conditions
 from diffdistill.training.progress import Progress
-from diffdistill.training.text_data import ALONE, Processes
 
 S = TypeVar("S", Pairs, Trajectories)
 Origin = Mapping[str, Any]

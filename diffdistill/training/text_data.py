@@ -20,28 +20,11 @@ from diffdistill.errors import UserError
 from diffdistill.models.conditioning import PromptConditioner
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import Framing
+from diffdistill.processes import ALONE, Processes
 from diffdistill.training.progress import Progress
 from diffdistill.training.stopping import Stopped
 
 IMAGES_PER_PASS = 8  # of the autoencoder, which at 1024 pixels needs more memory than the network
-
-
-class Processes(NamedTuple):
-    """Which process of how many this is, how to wait for the others and to ask all whether any says yes, and whether it should stop."""
-
-    index: int = 0
-    count: int = 1
-    wait: Callable[[], None] = lambda: None
-    any: Callable[[bool], bool] = lambda yes: yes
-    asked_to_stop: Callable[[], bool] = lambda: False
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one that writes what is written once."""
-        return self.index == 0
-
-
-ALONE = Processes()
 
 
 def texts(data: TextData) -> list[str]:

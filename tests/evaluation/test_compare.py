@@ -6,8 +6,8 @@ import pytest
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.compare import compare
-from diffdistill.evaluation.evaluate import Evaluation, Summary
 from diffdistill.evaluation.protocol import Protocol, load_protocol
+from diffdistill.evaluation.result import Cost, Evaluation, Summary
 from diffdistill.evaluation.table import Row, columns_of, table
 
 
@@ -16,17 +16,14 @@ def evaluation(fid=3.0, fingerprint="0" * 64, num_blocks=2, **fields):
     return Evaluation(
         protocol=protocol.model_dump(mode="json"),
         protocol_hash=protocol.hash,
-        extractor="digits",
-        fingerprint=fingerprint,
-        reference={},
+        views=[{"view": "digits", "extractor": "digits", "fingerprint": fingerprint, "reference": {}}],
         num_images=protocol.num_images,
         num_blocks=num_blocks,
         values={"fid": Summary(fid, 0.25, 0.3, (fid,)), "accuracy": Summary(0.98765, None, None, (0.98765,))},
         reference_values={},
         skipped={},
-        num_steps=4,
-        nfe=8,
-        ms_per_image=1.25,
+        warnings=[],
+        cost=Cost(num_steps=4, nfe=8, ms_per_image=1.25),
         seconds={},
         device="cpu",
         versions={},
@@ -53,7 +50,7 @@ def test_different_protocols_are_refused_with_the_fields_that_differ():
 
 
 @pytest.mark.parametrize(
-    ("other", "field"), [({"fingerprint": "1" * 64}, "extractor fingerprint"), ({"num_blocks": 1}, "number of blocks")]
+    ("other", "field"), [({"fingerprint": "1" * 64}, "weights of digits"), ({"num_blocks": 1}, "number of blocks")]
 )
 def test_other_weights_or_blocks_are_a_difference_too(other, field):
     with pytest.raises(UserError, match=field):

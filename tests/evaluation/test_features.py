@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.features import (
-    CallableExtractor,
-    DigitsExtractor,
-    load_extractor,
-    strict_float32,
-)
+from diffdistill.evaluation.extractors import open_extractor
+from diffdistill.evaluation.features import CallableExtractor, DigitsExtractor, strict_float32
+from diffdistill.evaluation.protocol import View
+
+DIGITS = View(extractor="digits", metrics=("fid",))
 
 
 def test_digits_extractor_gives_float32_features_without_gradient():
-    extractor = load_extractor("digits")
+    extractor = open_extractor(DIGITS)
     result = extractor(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
     assert (result.features.shape, result.features.dtype) == ((3, extractor.dim), torch.float32)
     assert result.logits.shape == (3, 10)
@@ -48,7 +47,7 @@ def test_digits_extractor_refuses_another_size():
 
 def test_unknown_extractor_lists_the_known():
     with pytest.raises(UserError, match="Did you mean 'digits'"):
-        load_extractor("digit")
+        open_extractor(DIGITS.model_copy(update={"extractor": "digit"}))
 
 
 def test_callable_extractor_checks_its_function():

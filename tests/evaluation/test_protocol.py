@@ -5,19 +5,21 @@ import torch
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.metrics.registry import METRICS
-from diffdistill.evaluation.protocol import PROTOCOLS_FOLDER, Protocol, load_protocol, protocol_names
-from diffdistill.evaluation.reference import REFERENCES
+from diffdistill.evaluation.protocol import PROTOCOLS_FOLDER, Protocol, View, load_protocol, protocol_names
 
 
 def changed(**fields):
     return Protocol(**{**load_protocol("digits-short").model_dump(), **fields})
 
 
+def seen(metrics=("fid",), **fields):
+    return changed(views=[{"extractor": "digits", "metrics": metrics, **fields}])
+
+
 @pytest.mark.parametrize("name", protocol_names())
 def test_shipped_protocols_load_and_are_called_like_their_file(name):
     protocol = load_protocol(name)
     assert protocol.name == name
-    assert protocol.reference in REFERENCES
 
 
 def test_digits_protocol_has_three_blocks_of_ten_thousand_seeds():
@@ -26,29 +28,63 @@ def test_digits_protocol_has_three_blocks_of_ten_thousand_seeds():
     assert seeds == list(range(30_000))
 
 
-def test_hash_covers_every_field_but_the_name():
+def test_hash_covers_every_field_but_name_and_about():
     base = load_protocol("digits-short")
+    view = base.views[0].model_dump()
+    prompts = {"label_rule": "prompts", "prompts": {"file": "p.txt"}}
     others = {
-        "dataset": "other",
-        "num_images": 1000,
-        "first_seeds": [7],
-        "label_rule": "random",
-        "num_classes": 9,
-        "extractor": "x",
-        "reference": "x",
-        "metrics": ["fid"],
-        "jackknife_groups": 10,
-        "metric_seed": 1,
+        "dataset": {"dataset": "other"},
+        "num_images": {"num_images": 1000},
+        "first_seeds": {"first_seeds": [7]},
+        "label_rule": {"label_rule": "random"},
+        "num_classes": {"num_classes": 9},
+        "prompts": prompts,
+        "the file of prompts": {**prompts, "prompts": {"file": "p.txt", "sha256": "0" * 64}},
+        "images_per_prompt": {"images_per_prompt": 2},
+        "uint8_rule": {"uint8_rule": "trunc127"},
+        "transforms": {"transforms": ["center_crop"]},
+        "round_trip": {"round_trip": "png"},
+        "reference": {"reference": "x"},
+        "reference_transforms": {"reference_transforms": ["center_crop"]},
+        "aggregation": {"aggregation": "best_block"},
+        "clip_scale": {"clip_scale": "cos"},
+        "jackknife_groups": {"jackknife_groups": 10},
+        "metric_seed": {"metric_seed": 1},
+        "views": {"views": [view, {**view, "extractor": "x", "metrics": ["sfid"]}]},
+        **{
+            f"views.{field}": {"views": [{**view, field: value}]}
+            for field, value in {
+                "extractor": "x",
+                "metrics": ["fid"],
+                "transforms": ["center_crop"],
+                "resize": "pil_bicubic",
+                "precision": "tf32",
+            }.items()
+        },
     }
-    assert set(others) | {"name", "uint8_rule", "numerics"} == set(Protocol.model_fields)  # the two have one choice
-    hashes = {changed(**{field: value}).hash for field, value in others.items()}
+    assert {name for name in others if " " not in name and "." not in name} | {"name", "about", "numerics"} == set(
+        Protocol.model_fields
+    )
+    assert {name.removeprefix("views.") for name in others if "." in name} == set(View.model_fields)
+    hashes = {changed(**fields).hash for fields in others.values()}
     assert len(hashes | {base.hash}) == len(others) + 1
-    assert changed(name="other").hash == base.hash
+    assert changed(name="other", about="words").hash == base.hash
 
 
-def test_the_short_protocol_shares_its_reference_with_the_long_one():
-    assert load_protocol("digits").reference_hash == load_protocol("digits-short").reference_hash
-    assert changed(extractor="x").reference_hash != load_protocol("digits").reference_hash
+def test_a_field_at_its_default_does_not_change_the_hash_so_later_fields_will_not():
+    text = (PROTOCOLS_FOLDER / "digits-short.yaml").read_text()
+    assert "clip_scale" not in text
+    assert changed(clip_scale="100cos").hash == load_protocol("digits-short").hash
+
+
+def test_the_reference_is_shared_by_protocols_that_see_the_same_real_images_in_the_same_way():
+    long, short = load_protocol("digits"), load_protocol("digits-short")
+    view = short.views[0]
+    assert long.reference_hash(long.views[0]) == short.reference_hash(view) == short.reference_hash(seen().views[0])
+    for field, value in {"extractor": "x", "resize": "pil_bicubic", "precision": "tf32", "transforms": ["center_crop"]}.items():
+        assert short.reference_hash(View(**{**view.model_dump(), field: value})) != short.reference_hash(view), field
+    for fields in ({"dataset": "x"}, {"reference": "x"}, {"reference_transforms": ["center_crop"]}):
+        assert changed(**fields).reference_hash(view) != short.reference_hash(view)
 
 
 def test_balanced_labels_cycle_and_random_ones_depend_on_their_seed_only():
@@ -72,10 +108,15 @@ def test_jackknife_groups_are_neighbours_so_each_holds_all_classes():
         ({"first_seeds": [0, 1999]}, "share images"),
         ({"first_seeds": [-1]}, "non-negative"),
         ({"jackknife_groups": 1001}, "num_images / 2"),
-        ({"metrics": ["fdi"]}, "Did you mean 'fid'"),
-        ({"metrics": ["fid", "fid"]}, "twice"),
-        ({"metrics": ["kid", "kid_normalised"]}, "keep one"),
+        ({"views": [{"extractor": "digits", "metrics": ["fdi"]}]}, "Did you mean 'fid'"),
+        ({"views": [{"extractor": "digits", "metrics": ["fid", "fid"]}]}, "twice"),
+        ({"views": [{"extractor": name, "metrics": ["fid"]} for name in "ab"]}, "twice: fid"),
+        ({"views": [{"extractor": "a", "metrics": [name]} for name in ("fid", "sfid")]}, "see the same"),
+        ({"views": [{"extractor": "digits", "metrics": ["kid", "kid_normalised"]}]}, "keep one"),
         ({"uint8_rule": "truncate"}, "round"),
+        ({"label_rule": "prompts"}, "file of prompts"),
+        ({"prompts": {"file": "p.txt"}}, "file of prompts"),
+        ({"images_per_prompt": 3}, "must divide"),
     ],
 )
 def test_impossible_protocols_are_refused(fields, message):
@@ -85,7 +126,7 @@ def test_impossible_protocols_are_refused(fields, message):
 
 def test_every_metric_is_usable_by_name():
     for name in METRICS:
-        assert changed(metrics=[name]).metrics == (name,)
+        assert seen([name]).metrics == (name,)
 
 
 def test_a_frozen_protocol_cannot_change():
@@ -103,7 +144,7 @@ def test_errors_of_a_file_come_all_at_once_with_hints(tmp_path):
     assert text.startswith(f"{path} has 3 mistakes:\n")
     assert "num_image: unknown key. Did you mean 'num_images'?" in text
     assert "num_images: is missing (images in one block of seeds)." in text
-    assert "label_rule: must be 'balanced', 'random' or 'shapes'; got 'even'." in text
+    assert "label_rule: must be 'balanced', 'random', 'shapes', 'prompts' or 'none'; got 'even'." in text
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", ""])

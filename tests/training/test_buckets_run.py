@@ -18,12 +18,13 @@ from diffdistill.data.images import read_image
 from diffdistill.errors import UserError
 from diffdistill.models.families.unet2d_condition import UNet2DCondition
 from diffdistill.models.loading import load_teacher
+from diffdistill.processes import ALONE, Processes
 from diffdistill.training.data_feed import DataFeed, build_source
 from diffdistill.training.engine import Engine
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
-from diffdistill.training.text_data import ALONE, Processes, text_source
+from diffdistill.training.text_data import text_source
 
 BUCKETS = {"edge": 16, "step": 4, "max_aspect": 2.0}  # of height x width 20x12, 16x16 and 12x20
 TALL = [(44, 24), (46, 24), (48, 24), (50, 24), (52, 24)]  # each size once, so that it names its image

@@ -61,7 +61,16 @@ def test_the_checkpoint_of_lowest_fid_is_kept_and_loaded_as_best(tmp_path, monke
 
     short = load_protocol("digits-short").model_dump(mode="json")
     protocol = tmp_path / "tiny.yaml"
-    protocol.write_text(yaml.safe_dump({**short, "num_images": 200, "jackknife_groups": 10, "metrics": ["fid", "pixels"]}))
+    protocol.write_text(
+        yaml.safe_dump(
+            {
+                **short,
+                "num_images": 200,
+                "jackknife_groups": 10,
+                "views": [{"extractor": "digits", "metrics": ["fid", "pixels"]}],
+            }
+        )
+    )
     true = preview.Validation.scores
 
     def rising(self, roles, distiller):

@@ -14,8 +14,9 @@ import diffdistill as dd
 from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_images, draw_scenes, parse_captions, shapes
 from diffdistill.errors import UserError
-from diffdistill.evaluation.collect import collect
-from diffdistill.evaluation.features import CallableExtractor, ClipExtractor, load_extractor
+from diffdistill.evaluation.collect import Collector, Seen
+from diffdistill.evaluation.extractors import shapes_clip
+from diffdistill.evaluation.features import CallableExtractor, ClipExtractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.shapes_detector import obeyed
 from diffdistill.math.schedules import VPSchedule
@@ -196,7 +197,7 @@ def test_matching_counts_images_that_find_their_own_caption() -> None:
 
 
 def test_the_shipped_clip_prefers_the_caption_to_its_twin() -> None:
-    extractor = load_extractor("shapes-clip")
+    extractor = shapes_clip()
     scenes = draw_scenes(500, keyed_generator("unseen captions"))
     other = clip.twins(scenes, keyed_generator("unseen twins"))
     images = extractor(to_uint8(draw_images(scenes, keyed_generator("unseen images")))).features
@@ -212,6 +213,7 @@ def test_the_protocol_scores_captions_and_knows_the_drawn_images(trained, monkey
     from diffdistill.evaluation import reference
     from diffdistill.evaluation.evaluate import evaluate
     from diffdistill.evaluation.protocol import load_protocol
+    from diffdistill.evaluation.views import open_views
 
     monkeypatch.setattr(reference, "NUM_DRAWN", 200)
     protocol = load_protocol("shapes-short").model_copy(update={"num_images": 60, "jackknife_groups": 5})
@@ -228,13 +230,13 @@ def test_the_protocol_scores_captions_and_knows_the_drawn_images(trained, monkey
             ]
         )
 
-    extractor = ClipExtractor(trained / "clip", "shapes-clip")
-    found = evaluate(drawer, protocol, batch_size=25, extractor=extractor)
+    views = open_views(protocol, extractors={"shapes-clip": ClipExtractor(trained / "clip", "shapes-clip")})
+    found = evaluate(drawer, protocol, batch_size=25, views=views)
     assert asked == protocol.asked(0) and len(set(asked)) > 40
     assert found.mean("obeyed_shapes") == 1.0 and found.mean("obeyed") == pytest.approx(2 / 3, abs=0.02)
     assert found.reference_values["obeyed"] == 1.0
     assert found.values["obeyed"].se == pytest.approx((2 / 9 / 60) ** 0.5, rel=0.05)
-    again = evaluate(drawer, protocol, batch_size=7, extractor=extractor)
+    again = evaluate(drawer, protocol, batch_size=7, views=views)
     assert again.values["clip_score"] == found.values["clip_score"] and again.values["fid"] == found.values["fid"]
 
 
@@ -250,7 +252,10 @@ def test_a_folder_without_a_clip_or_without_its_weights_is_one_clear_message(tra
 def test_captions_are_skipped_by_an_extractor_that_does_not_read() -> None:
     drawn = shapes(4)
     extractor = CallableExtractor(lambda images: images.float().mean((2, 3)), "means", "0" * 64, 3)
-    sample = collect(extractor, to_uint8(drawn.images), captions=drawn.scenes.captions())
+    seen = Seen(lambda images: images, extractor, frozenset({"texts", "obeyed"}))
+    collector = Collector([seen], torch.zeros(4, dtype=torch.int64))
+    collector.add(to_uint8(drawn.images), drawn.scenes.captions())
+    [sample] = collector.finish()
     assert sample.texts is None and bool(sample.obeyed.all())
 
 

@@ -21,6 +21,7 @@ from diffdistill.errors import UserError
 from diffdistill.math import grids
 from diffdistill.models.guidance_adapters import load_guidance_adapters, save_guidance_adapters
 from diffdistill.models.loading import load_teacher
+from diffdistill.processes import Processes
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.sampling.trajectories import TrajectorySpec
@@ -31,7 +32,6 @@ from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
 from diffdistill.training.stored import StoredStates, origin_of
-from diffdistill.training.text_data import Processes
 
 PROMPTS = ["a fox", "a house", "a tree"]
 MADE = {"num": 6, "steps": 4, "every": 2, "guidance": [2.0, 4.0], "precision": "fp32"}

@@ -3,43 +3,109 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from diffdistill.evaluation.moments import Moments
 
+MOMENTS = ("moments", "spatial")
+
 
 class Value(typing.NamedTuple):
-    """A number and its standard error, None where the estimator offers none."""
+    """A number, its standard error, None where the estimator offers none, and what two models are compared by.
+
+    Attributes:
+        each: float64 (N,), the value of each image where the number is their mean, or None.
+        deleted: the value without each of the jackknife groups, or None.
+    """
 
     value: float
     se: float | None = None
+    each: Tensor | None = None
+    deleted: tuple[float, ...] | None = None
+
+    @property
+    def estimate(self) -> tuple[float, float | None]:
+        """The number and its standard error."""
+        return self.value, self.se
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one pass over N images leaves for the metrics.
+    """What one pass over N images leaves for the metrics of a view; None is what no metric asked for or nothing could give.
 
     Attributes:
         moments: of the features, in jackknife groups of neighbouring images.
-        features: float32 (N, d), or None when no metric asked for them.
-        logits: float32 (N, K), or None when the extractor is no classifier.
-        labels: int64 (N,), the classes asked for, or None when unknown.
+        features: float32 (N, d).
+        logits: float32 (N, K), of an extractor that is a classifier.
+        labels: int64 (N,), the classes asked for.
         pixels: float64 (N, 2), see `images.pixel_statistics`.
-        texts: float32 (N, d), the vectors of the captions asked for, or None without captions or an extractor that reads them.
-        obeyed: bool (N, 4), the parts of its caption that an image obeys, see `shapes_detector.Obeyed`, or None.
-        spatial: moments of the extractor's spatial features, in the same groups, or None where it has none or no metric asked.
+        texts: float32 (N, d), the vectors of the captions asked for, of an extractor that reads them.
+        obeyed: bool (N, 4), the parts of its caption that an image obeys, see `shapes_detector.Obeyed`.
+        spatial: moments of the extractor's spatial features, in the same groups.
+        scores: float32 (N,), of an extractor that scores images with their captions.
     """
 
-    moments: Moments
-    features: Tensor | None
-    logits: Tensor | None
-    labels: Tensor | None
-    pixels: Tensor
+    moments: Moments | None = None
+    features: Tensor | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    pixels: Tensor | None = None
     texts: Tensor | None = None
     obeyed: Tensor | None = None
     spatial: Moments | None = None
+    scores: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is there as tensors by name, moments as NAME.FIELD."""
+        found: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Moments):
+                found |= {f"{field.name}.{key}": part for key, part in value.state().items()}
+            elif value is not None:
+                found[field.name] = value
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Sample:
+        """Rebuild from `tensors()`; names of no field are left alone."""
+        values: dict[str, typing.Any] = {field.name: tensors.get(field.name) for field in fields(cls)}
+        for name in MOMENTS:
+            state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            values[name] = Moments.from_state(state) if state else None
+        return cls(**values)
+
+    def missing(self, needs: Iterable[str]) -> list[str]:
+        """Return which of these fields are not there."""
+        return sorted(need for need in needs if getattr(self, need) is None)
+
+
+class SampleSum:
+    """The samples of parts of a set of images, one after the other, as one sample."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self.moments: dict[str, Moments] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def add(self, part: Sample, first_group: int) -> None:
+        """Take the next images, whose group g is group first_group + g of all."""
+        for name in MOMENTS:
+            if (moments := getattr(part, name)) is not None:
+                if name not in self.moments:
+                    self.moments[name] = Moments(moments.dim, self.num_groups)
+                self.moments[name].include(moments, first_group)
+        for field in fields(part):
+            if isinstance(value := getattr(part, field.name), Tensor):
+                self.kept.setdefault(field.name, []).append(value)
+
+    def sample(self) -> Sample:
+        """Return the sample of all images so far."""
+        return Sample(**self.moments, **{name: torch.cat(parts) for name, parts in self.kept.items()})  # type: ignore[arg-type]
 
 
 class Metric(typing.Protocol):

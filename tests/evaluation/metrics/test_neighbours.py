@@ -13,6 +13,7 @@ from diffdistill.evaluation.metrics.neighbours import (
     precision_recall,
     seeded_subset,
 )
+from diffdistill.evaluation.metrics.sample import Value
 
 
 def line(*positions):
@@ -138,5 +139,5 @@ def test_density_without_neighbours_or_samples_is_refused(n, m):
 def test_metrics_take_equal_numbers_of_both_sets(metric, function, names):
     real, fake = sample_of(normal(40, 3)), sample_of(2 * normal(90, 3, seed=1) + 0.5)
     expected = function(seeded_subset(fake.features, 30, 7), seeded_subset(real.features, 30, 7))
-    assert metric(fake, real, 7) == {name: (value, None) for name, value in zip(names, expected, strict=True)}
+    assert metric(fake, real, 7) == {name: Value(value) for name, value in zip(names, expected, strict=True)}
     assert metric(real, fake, 7) != metric(fake, real, 7)

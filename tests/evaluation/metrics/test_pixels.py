@@ -13,5 +13,5 @@ def test_pixel_metric_averages_with_error():
     sample = sample_of(normal(4, 2))
     sample.pixels[:, 0] = torch.tensor([0.0, 0.0, 1.0, 1.0])
     values = PixelMetric()(sample, sample, 0)
-    assert values["saturated"] == (0.5, pytest.approx(math.sqrt(1 / 3) / 2))
-    assert values["contrast"] == (0.0, 0.0)
+    assert values["saturated"].estimate == (0.5, pytest.approx(math.sqrt(1 / 3) / 2))
+    assert values["contrast"].estimate == (0.0, 0.0)

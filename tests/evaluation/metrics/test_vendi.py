@@ -6,6 +6,7 @@ import pytest
 import torch
 from metric_cases import F64, normal, sample_of
 
+from diffdistill.evaluation.metrics.sample import Value
 from diffdistill.evaluation.metrics.vendi import VendiMetric, vendi_score
 
 
@@ -57,4 +58,4 @@ def test_a_vector_without_direction_is_refused():
 def test_the_metric_needs_no_reference():
     metric = VendiMetric()
     assert metric.needs == {"features"} and metric.absolute
-    assert metric(sample_of(torch.eye(5, dtype=F64)), None, 0) == {"vendi": (pytest.approx(5.0), None)}
+    assert metric(sample_of(torch.eye(5, dtype=F64)), None, 0) == {"vendi": Value(pytest.approx(5.0))}

@@ -13,10 +13,7 @@ from torch import nn
 from torchvision.models import Inception3, inception
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.features import CallableExtractor
-from diffdistill.evaluation.inception import Conv, Inception
-from diffdistill.evaluation.protocol import load_protocol
-from diffdistill.evaluation.reference import check_extractor
+from diffdistill.evaluation.networks.inception import Conv, Inception
 
 avg_pool2d = F.avg_pool2d
 
@@ -195,8 +192,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float =
 @pytest.mark.parametrize(
     "scaling, scale", [("tensorflow", lambda x: (x - 128) / 128), ("pytorch-fid", lambda x: 2 * (x / 255) - 1)]
 )
-def test_every_output_is_that_of_torchvisions_network_with_the_pools_of_fid(ours, network, images, scaling, scale):
-    output = ours(images, scaling)
+def test_every_output_is_that_of_torchvisions_network_with_the_pools_of_fid(files, network, images, scaling, scale):
+    output = Inception.load(files["old.pth"], scaling).outputs(images)
     expected = torchvision_output(network, scale(images))
     for field in output._fields:
         assert getattr(output, field).dtype == torch.float32
@@ -205,10 +202,16 @@ def test_every_output_is_that_of_torchvisions_network_with_the_pools_of_fid(ours
 
 
 def test_a_torchscript_file_gives_what_its_own_module_gives(files, images):
-    output = Inception.load(files["graph.pt"])(images)
+    output = Inception.load(files["graph.pt"]).outputs(images)
     pool, logits = torch.jit.load(files["graph.pt"])((images - 128) / 128)
     assert_close(output.pool, pool)
     assert_close(output.logits, logits)
+
+
+def test_as_a_feature_network_it_gives_what_fid_sfid_and_the_inception_score_take(ours, images):
+    found, output = ours(images), ours.outputs(images)
+    for given, expected in zip(found, (output.pool, output.logits_unbiased, output.spatial), strict=True):
+        assert torch.equal(given, expected)
 
 
 def test_the_same_weights_have_one_fingerprint_in_every_file(files, ours):
@@ -235,27 +238,8 @@ def test_the_gammas_of_a_state_dict_count(network, ours, tmp_path):
     assert loaded.fingerprint != ours.fingerprint
 
 
-def test_float32_is_strict_inside_and_what_it_was_outside(ours, images):
-    seen = []
-    hook = ours.mixed_8.register_forward_hook(
-        lambda *_: seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
-    )
-    expected, before = ours(images[:1]).pool, torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        with torch.backends.cudnn.flags(allow_tf32=True), torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(ours(images[:1]).pool, expected)
-            assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-        hook.remove()
-    assert seen == [(False, "highest")] * 2
-
-
-def test_no_mode_and_no_gradient_changes_the_features(ours, images):
-    expected = ours.eval()(images[:1]).pool
-    output = ours.train()(images[:1].requires_grad_())
-    assert torch.equal(output.pool, expected) and not output.pool.requires_grad
+def test_no_mode_changes_the_features_and_no_weight_can_be_trained(ours, images):
+    assert torch.equal(ours.train().outputs(images[:1]).pool, ours.eval().outputs(images[:1]).pool)
     assert not any(p.requires_grad for p in ours.parameters())
 
 
@@ -264,24 +248,21 @@ def test_no_mode_and_no_gradient_changes_the_features(ours, images):
 )
 def test_images_of_another_size_or_kind_are_refused(images):
     with pytest.raises(ValueError, match=r"floating images \(B, 3, 299, 299\) in \[0, 255\]"):
-        Inception("bare")(images)
+        Inception()(images)
 
 
 def test_a_network_that_nobody_filled_gives_no_numbers(images):
-    assert Inception("bare")(images[:1]).pool.isnan().all()
+    assert Inception().outputs(images[:1]).pool.isnan().all()
 
 
-def test_random_weights_depend_on_their_seed_alone_and_no_protocol_takes_them(images):
+def test_random_weights_depend_on_their_seed_alone_and_their_name_says_so(images):
     before = torch.get_rng_state()
     first, again, other = Inception.random(0), Inception.random(0), Inception.random(1)
     assert torch.equal(torch.get_rng_state(), before)
     assert first.fingerprint == again.fingerprint != other.fingerprint
-    pool = first(images).pool
+    pool = first.outputs(images).pool
     assert 0.1 < pool.std() < 10 and (pool[0] - pool[1]).abs().mean() > 0.01  # neither vanishing nor blind
-    protocol = load_protocol("digits").model_copy(update={"extractor": "inception"})
-    extractor = CallableExtractor(lambda x: first(x.float()).pool, first.name, first.fingerprint, 2048, 3, 299)
-    with pytest.raises(UserError, match="got 'inception-random-0-INVALID'"):
-        check_extractor(protocol, extractor)
+    assert first.name == "inception-random-0-INVALID"
 
 
 def hollow(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

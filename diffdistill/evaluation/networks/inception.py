@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.features import strict_float32
+from diffdistill.evaluation.features import Features
 from diffdistill.models.fingerprint import weights_fingerprint
 
 SIZE = 299
@@ -38,6 +38,7 @@ SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "tensorflow": lambda x: (x - 128) / 128,  # the graph itself, StyleGAN, clean-fid, torch-fidelity
     "pytorch-fid": lambda x: 2 * (x / 255) - 1,  # pytorch-fid, and clean-fid's legacy_pytorch
 }
+NAMES = {"tensorflow": "inception", "pytorch-fid": "inception-pytorch-fid"}
 
 
 class InceptionOutput(NamedTuple):
@@ -157,12 +158,16 @@ class Inception(nn.Module):
     """The network, to be had from `load` or `random`.
 
     Attributes:
-        name: "inception"; with random weights a name that says INVALID, so that no protocol takes its numbers for FID.
+        scaling: how [0, 255] becomes about [-1, 1], a key of SCALINGS; part of what a number means.
+        name: "inception", or "inception-pytorch-fid" of the other scaling; with random weights a name that says INVALID, so that no
+            protocol takes its numbers for FID.
     """
 
-    def __init__(self, name: str) -> None:
+    size, dim = SIZE, POOL_DIM
+
+    def __init__(self, scaling: Scaling = "tensorflow") -> None:
         super().__init__()
-        self.name = name
+        self.scaling, self.name = scaling, NAMES[scaling]
         self.stem = nn.Sequential(
             Conv(3, 32, 3, stride=2, padding="valid"),
             Conv(32, 32, 3, padding="valid"),
@@ -191,12 +196,16 @@ class Inception(nn.Module):
         """Hex sha256 of the weights, the same whichever kind of file they came from; a tenth of a second."""
         return weights_fingerprint(self)
 
-    def forward(self, images: Tensor, scaling: Scaling = "tensorflow") -> InceptionOutput:
-        """Return pool, spatial features and logits, in strict float32 and without gradients.
+    def forward(self, images: Tensor) -> Features:
+        """Return pool and spatial features, and the logits without bias that the Inception score takes."""
+        found = self.outputs(images)
+        return Features(found.pool, found.logits_unbiased, found.spatial)
+
+    def outputs(self, images: Tensor) -> InceptionOutput:
+        """Return pool, spatial features and both logits.
 
         Args:
             images: (B, 3, 299, 299), any floating dtype, in [0, 255]: resized already, by the rule of the protocol.
-            scaling: how [0, 255] becomes about [-1, 1], a key of SCALINGS; part of the protocol too.
         Raises:
             ValueError: another shape, or images that are not floating.
         """
@@ -204,18 +213,17 @@ class Inception(nn.Module):
             raise ValueError(
                 f"Inception takes floating images (B, 3, {SIZE}, {SIZE}) in [0, 255]; got {images.dtype} {tuple(images.shape)}."
             )
-        with strict_float32():
-            x = self.stem(SCALINGS[scaling](images.float()))  # (B, 192, 35, 35)
-            x = self.mixed_2(self.mixed_1(self.mixed(x)))  # (B, 288, 35, 35)
-            x = self.mixed_6(self.mixed_5(self.mixed_4(self.mixed_3(x))))  # (B, 768, 17, 17)
-            spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # of the first branch, mixed_6/conv
-            x = self.mixed_10(self.mixed_9(self.mixed_8(self.mixed_7(x))))  # (B, 2048, 8, 8)
-            pool = x.mean((2, 3))
-            unbiased = pool @ self.output_weight.T
-            return InceptionOutput(pool, spatial, unbiased + self.output_bias, unbiased)
+        x = self.stem(SCALINGS[self.scaling](images.float()))  # (B, 192, 35, 35)
+        x = self.mixed_2(self.mixed_1(self.mixed(x)))  # (B, 288, 35, 35)
+        x = self.mixed_6(self.mixed_5(self.mixed_4(self.mixed_3(x))))  # (B, 768, 17, 17)
+        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # of the first branch, mixed_6/conv
+        x = self.mixed_10(self.mixed_9(self.mixed_8(self.mixed_7(x))))  # (B, 2048, 8, 8)
+        pool = x.mean((2, 3))
+        unbiased = pool @ self.output_weight.T
+        return InceptionOutput(pool, spatial, unbiased + self.output_bias, unbiased)
 
     @classmethod
-    def load(cls, path: str | Path) -> Inception:
+    def load(cls, path: str | Path, scaling: Scaling = "tensorflow") -> Inception:
         """Read a file of weights of either kind, on the CPU; no code in it is run but by TorchScript's own loader.
 
         Raises:
@@ -223,7 +231,7 @@ class Inception(nn.Module):
         """
         path = Path(path)
         stored = _read(path)
-        network = cls("inception")
+        network = cls(scaling)
         wanted = dict((TORCHSCRIPT if "layers.conv.weight" in stored else STATE_DICT).parts(network))
         wrong = [name for name, part in wanted.items() if _form(stored.get(name)) != _form(part)]
         if wrong:
@@ -236,9 +244,10 @@ class Inception(nn.Module):
         return network
 
     @classmethod
-    def random(cls, seed: int) -> Inception:
+    def random(cls, seed: int, scaling: Scaling = "tensorflow") -> Inception:
         """Return a network of random weights for tests: its distances are numbers, but no FID, and its name says so."""
-        network = cls(f"inception-random-{seed}-INVALID")
+        network = cls(scaling)
+        network.name += f"-random-{seed}-INVALID"
         generator = torch.Generator().manual_seed(seed)
         for conv in network.convolutions():
             fan_in = conv.weight[0].numel()

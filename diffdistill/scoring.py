@@ -1,0 +1,266 @@
+"""Evaluation of whatever a command is pointed at: runs, exports, pipelines, images in files; and what is written of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffdistill.errors import UserError
+from diffdistill.evaluation.result import Evaluation
+from diffdistill.files import write_atomic, write_json
+from diffdistill.processes import ALONE, Processes
+from diffdistill.sampling.generate import Generate
+from diffdistill.targets import AnySampler, Target, open_target
+
+IMAGES = "images"  # the name of an evaluation of images that exist
+LATENCY_CALLS = 3
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+        protocol: the name of one that comes with the package, or the path of its YAML file.
+        metrics: those wanted of the protocol's; empty for all.
+        num_images: another number of images than the protocol's, which makes another protocol; None for the protocol's.
+        guidance: scale counted from 1; None for what the model is meant for.
+        batch_size: images per call of the model.
+        weights: None for the store of weights, "random:SEED" for a test whose numbers mean nothing.
+        output: folder of the results, and of the parts from which the same command goes on after a stop; None for neither.
+        save_images: folder for the images as PNG files; None writes none.
+    """
+
+    protocol: str | Path = "digits"
+    metrics: tuple[str, ...] = ()
+    num_images: int | None = None
+    guidance: float | None = None
+    batch_size: int = 500
+    weights: str | None = None
+    output: Path | None = None
+    save_images: Path | None = None
+
+
+def evaluate(
+    target: str | Path,
+    steps: Sequence[int] = (),
+    settings: Settings = Settings(),
+    solver: str | None = None,
+    checkpoint: str | Path | None = None,
+    lora: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Evaluation]:
+    """Score what a target makes at each number of steps, or images that exist.
+
+    Args:
+        target: a run folder, an export, a pipeline folder, a hub id, an embedded teacher; or a folder, zip or npz of images.
+        steps: numbers of network steps; empty for the one the model is meant for.
+        settings: how.
+        solver: of a pipeline, one of `targets.SOLVERS`.
+        checkpoint: of a run; None for the newest.
+        lora: of a pipeline, a file or folder that its `load_lora_weights` takes.
+        progress: called with (what, images done, images in all).
+    Returns:
+        The evaluation by "steps-N", or by "images".
+    Raises:
+        UserError: unknown protocol or target, or a target that does not fit the protocol.
+    """
+    from diffdistill.evaluation.protocol import load_protocol
+    from diffdistill.evaluation.reference import references_folder
+    from diffdistill.evaluation.views import open_views
+
+    protocol = load_protocol(settings.protocol)
+    if settings.num_images is not None:
+        protocol = protocol.with_num_images(settings.num_images)
+    protocol = protocol.pinned()
+    views = open_views(protocol, settings.metrics, references_folder(), weights=settings.weights)
+    scorer = _Scorer(protocol, views, settings, progress)
+    if is_images(target):
+        return {IMAGES: scorer.images(target)}
+    opened = open_target(target, solver, checkpoint, lora)
+    samplers = [opened.sampler(count, settings.guidance) for count in dict.fromkeys(steps or (None,))]
+    return {f"steps-{sampler.num_steps}": scorer.generated(opened, sampler) for sampler in samplers}
+
+
+class _Scorer:
+    """Scores targets under one protocol."""
+
+    def __init__(self, protocol: Any, views: Sequence[Any], settings: Settings, progress: Progress | None) -> None:
+        self.protocol, self.views, self.settings, self.progress = protocol, views, settings, progress
+        self.processes = processes()
+        if self.processes.count > 1 and settings.output is None:
+            raise UserError("several processes put their parts together in the output folder; write -o FOLDER.")
+
+    def generated(self, opened: Target, sampler: AnySampler) -> Evaluation:
+        """Score what a model makes in the steps of a sampler."""
+        from diffdistill.evaluation.evaluate import evaluate as score
+
+        generate, name = opened.generator(sampler), f"steps-{sampler.num_steps}"
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with self._sink(name) as sink:
+            found = score(
+                generate,
+                self.protocol,
+                self._report(f"{opened.name}, {sampler.num_steps} steps"),
+                nfe=sampler.nfe,
+                num_steps=sampler.num_steps,
+                batch_size=self.settings.batch_size,
+                views=self.views,
+                keeping=self._keeping(name, {**opened.identity, "sampler": repr(sampler)}),
+                processes=self.processes,
+                sink=sink,
+            )
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        cost = replace(found.cost, latency_ms=latency_ms(generate, self.protocol), peak_memory=peak)
+        return replace(found, cost=cost)
+
+    def images(self, target: str | Path) -> Evaluation:
+        """Score images in files."""
+        from diffdistill.evaluation.evaluate import evaluate_images
+        from diffdistill.evaluation.image_files import open_images
+
+        source = open_images(target)
+        asked = self.protocol.asked_of_files(len(source))
+        return evaluate_images(
+            source,
+            asked,
+            self.protocol,
+            self._report(str(target)),
+            views=self.views,
+            keeping=self._keeping(IMAGES, {"images": str(Path(target).resolve()), "files": source.fingerprint}),
+            processes=self.processes,
+        )
+
+    def _keeping(self, name: str, target: Mapping[str, Any]) -> Any:
+        from diffdistill.evaluation.evaluate import Keeping
+
+        return None if self.settings.output is None else Keeping(self.settings.output / f".{name}.parts", target)
+
+    def _sink(self, name: str) -> AbstractContextManager[Any]:
+        if self.settings.save_images is None:
+            return nullcontext()
+        from diffdistill.evaluation.image_writer import ImageWriter
+
+        return ImageWriter(self.settings.save_images / name)
+
+    def _report(self, what: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+def is_images(target: str | Path) -> bool:
+    """Tell a folder or an archive of images from what makes images."""
+    return False  # TODO until image_files has these
+    from diffdistill.evaluation.image_files import ARCHIVES, holds_images
+    from diffdistill.targets import is_model
+
+    path = Path(target)
+    return path.suffix.lower() in ARCHIVES if path.is_file() else path.is_dir() and not is_model(path) and holds_images(path)
+
+
+def processes() -> Processes:
+    """Return the processes that a launcher such as `accelerate launch` started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState()
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+@torch.no_grad()
+def latency_ms(generate: Generate, protocol: Any) -> float:
+    """Return the median wall time, in milliseconds, of one image made alone; the first call is left out."""
+    asked = protocol.asked(0)
+    times = []
+    for _ in range(1 + LATENCY_CALLS):
+        begin = time.perf_counter()
+        images = generate([protocol.first_seeds[0]], None if asked is None else asked[:1])
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        times.append(time.perf_counter() - begin)
+    return 1000 * statistics.median(times[1:])
+
+
+def write_evaluations(name: str, evaluations: Mapping[str, Evaluation], folder: str | Path) -> Path:
+    """Write FOLDER/NAME.json, and NAME.safetensors with the values of single images, of each; and report.json and report.html of all.
+
+    Returns:
+        The path of the page.
+    """
+    from safetensors.torch import save
+
+    from diffdistill.evaluation.report import ReportData, write_report
+    from diffdistill.evaluation.table import Row
+
+    folder = Path(folder)
+    for key, evaluation in evaluations.items():
+        if arrays := evaluation.arrays():
+            write_atomic(folder / f"{key}.safetensors", save({k: v.contiguous() for k, v in arrays.items()}))
+        write_json(folder / f"{key}.json", evaluation.to_json())
+    first = next(iter(evaluations.values()))
+    rows = [Row.from_evaluation(name, evaluation) for evaluation in evaluations.values()]
+    points = [(row.nfe, row.fid) for row in rows if row.nfe and row.fid]
+    facts = {
+        "protocol": first.protocol["name"],
+        "protocol hash": first.protocol_hash,
+        "images": str(first.num_images),
+        "blocks of seeds": str(first.num_blocks),
+        "device": first.device,
+    }
+    return write_report(ReportData(f"Evaluation of {name}", rows, {name: points} if points else {}, facts=facts), folder)
+
+
+def load_evaluations(path: str | Path) -> dict[str, Evaluation]:
+    """Read evaluations: a JSON file of one, or a folder as `diffdistill eval -o` writes it.
+
+    Returns:
+        evaluations by name, "FOLDER" or "FOLDER/FILE" without its ending.
+    Raises:
+        UserError: no such file, no evaluations in the folder, or a file of something else.
+    """
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        numbered = sorted(path.glob("steps-*.json"), key=lambda file: int(re.sub(r"\D", "", file.stem) or 0))
+        files = [*numbered, *path.glob(f"{IMAGES}.json")]
+        if not files:
+            raise UserError(f"{path} holds no evaluations (steps-*.json); `diffdistill eval TARGET -o {path}` writes them.")
+    return {str(path if path.is_dir() and len(files) == 1 else file.with_suffix("")): load_evaluation(file) for file in files}
+
+
+def load_evaluation(file: Path) -> Evaluation:
+    """Read one evaluation, with the values of single images where they lie beside it.
+
+    Raises:
+        UserError: no such file, or a file of something else.
+    """
+    import json
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    arrays = file.with_suffix(".safetensors")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        tensors = load_file(arrays) if arrays.is_file() else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read the evaluation {file}: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not an evaluation: it holds a {type(values).__name__}.")
+    try:
+        return Evaluation.from_json(values, tensors)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
