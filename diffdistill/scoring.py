@@ -118,7 +118,7 @@ class _Scorer:
                 num_steps=sampler.num_steps,
                 batch_size=self.settings.batch_size,
                 views=self.views,
-                keeping=self._keeping(name, {**opened.identity, "sampler": repr(sampler)}),
+                keeping=self._keeping(name, {**opened.identity, "sampler": sampler.settings}),
                 processes=self.processes,
                 sink=sink,
             )
@@ -176,7 +176,7 @@ def processes() -> Processes:
         return ALONE
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone)
 
 

@@ -44,6 +44,11 @@ class AnySampler(Protocol):
         ...
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that, for one model, decide the images."""
+        ...
+
+    @property
     def nfe(self) -> int:
         """Network evaluations an image; guidance doubles."""
         ...
@@ -70,6 +75,11 @@ class StockSampler:
     guidance: float = 1.0
     gives_sigmas: bool = False
     guidance_as_input: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All fields."""
+        return {**vars(self), "config": dict(self.config)}
 
     @property
     def nfe(self) -> int:

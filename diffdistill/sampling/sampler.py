@@ -70,6 +70,11 @@ class Sampler:
     guidance_as_input: bool = False
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that, on one schedule, decide the images."""
+        return {**vars(self), "grid": self.grid.times.tolist()}
+
+    @property
     def num_steps(self) -> int:
         """Number of steps."""
         return self.grid.num_steps

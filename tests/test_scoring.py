@@ -1,0 +1,103 @@
+"""Evaluation of what a command is pointed at: a killed one goes on, in any number of processes; and what is written of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from diffdistill import scoring
+from diffdistill.errors import UserError
+from diffdistill.evaluation.protocol import PROTOCOLS_FOLDER
+
+
+@pytest.fixture
+def protocol(tmp_path) -> str:
+    """2,500 images, so three parts, of an embedded teacher."""
+    values = yaml.safe_load((PROTOCOLS_FOLDER / "digits-short.yaml").read_text())
+    path = tmp_path / "three-parts.yaml"
+    path.write_text(yaml.safe_dump({**values, "name": "three-parts", "num_images": 2500}))
+    return str(path)
+
+
+def environment(folder):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DIFFDISTILL_REFERENCES": str(folder)}
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_in_two_processes_and_gives_what_one_gives(protocol, tmp_path, monkeypatch):
+    verb = ["-m", "diffdistill", "eval", "digits-unet", "--protocol", protocol, "--steps", "2", "-o", str(tmp_path / "out")]
+    started = subprocess.Popen([sys.executable, *verb], env=environment(tmp_path), stdout=subprocess.DEVNULL)
+    parts = tmp_path / "out" / ".steps-2.parts"
+    while not list(parts.glob("*.safetensors")) and started.poll() is None:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    assert 1 <= len(list(parts.glob("*.safetensors"))) < 3 and not (tmp_path / "out" / "steps-2.json").exists()
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*launcher, sys.executable, *verb], env=environment(tmp_path), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("FID") == 1  # only the main process speaks
+    assert not parts.exists()
+
+    monkeypatch.setenv("DIFFDISTILL_REFERENCES", str(tmp_path))
+    one = scoring.evaluate("digits-unet", (2,), scoring.Settings(protocol))["steps-2"]
+    two = scoring.load_evaluation(tmp_path / "out" / "steps-2.json")
+    assert one.values.keys() == two.values.keys()
+    for name, value in one.values.items():
+        assert two.values[name].blocks == pytest.approx(value.blocks, rel=1e-12), name
+
+
+def test_two_processes_without_an_output_folder_are_refused(protocol, monkeypatch):
+    from diffdistill.processes import Processes
+
+    monkeypatch.setattr(scoring, "processes", lambda: Processes(0, 2))
+    with pytest.raises(UserError, match="write -o FOLDER"):
+        scoring.evaluate("digits-unet", (2,), scoring.Settings(protocol))
+
+
+@pytest.fixture(scope="module")
+def quick():
+    settings = scoring.Settings("digits-short", num_images=200)
+    return scoring.evaluate("digits-unet", (1, 2), settings)
+
+
+def test_another_number_of_images_is_another_protocol(quick):
+    assert list(quick) == ["steps-1", "steps-2"]
+    one = quick["steps-1"]
+    assert one.protocol["name"] == "digits-short@200" and one.num_images == 200
+    assert one.cost.num_steps == one.cost.nfe == 1 and one.cost.latency_ms > 0
+    with pytest.raises(UserError, match="must be 4 or more"):
+        scoring.evaluate("digits-unet", (1,), scoring.Settings("digits-short", num_images=2))
+
+
+def test_metrics_that_are_not_asked_for_cost_nothing_and_say_so():
+    settings = scoring.Settings("digits-short", metrics=("pixels",), num_images=100)
+    found = scoring.evaluate("digits-unet", (1,), settings)["steps-1"]
+    assert set(found.values) == {"saturated", "contrast"}
+    assert found.skipped["fid"] == "not asked for"
+    with pytest.raises(UserError, match="does not measure clip_score"):
+        scoring.evaluate("digits-unet", (1,), scoring.Settings("digits-short", metrics=("clip_score",)))
+
+
+def test_what_is_written_is_read_back_with_the_values_of_single_images(quick, tmp_path):
+    scoring.write_evaluations("digits-unet", quick, tmp_path)
+    found = scoring.load_evaluations(tmp_path)
+    assert list(found) == [str(tmp_path / "steps-1"), str(tmp_path / "steps-2")]
+    for name, evaluation in quick.items():
+        again = found[str(tmp_path / name)]
+        assert again == evaluation
+        for key, values in evaluation.arrays().items():
+            assert torch.equal(again.arrays()[key], values)
+    damaged = tmp_path / "steps-1.json"
+    damaged.write_text(json.dumps({**json.loads(damaged.read_text()), "schema": 1}))
+    with pytest.raises(UserError, match="steps-1.json: not an evaluation of schema 2"):
+        scoring.load_evaluation(damaged)
