@@ -233,6 +233,52 @@ def evaluate(
     return 0
 
 
+@eval_app.command
+def sweep(
+    run: Path,
+    /,
+    *,
+    protocol: str = "digits",
+    steps: Numbers = (),
+    metrics: Words = (),
+    checkpoints: Words = (),
+    guidance: float | None = None,
+    num_images: int | None = None,
+    batch_size: int = 500,
+    weights: str | None = None,
+    output: Output | None = None,
+    json: Json = False,
+) -> int:
+    """Score the checkpoints of a run; those that were scored before are read, so the same command goes on after a stop.
+
+    Args:
+        run: run folder.
+        protocol: name of a protocol (`list protocols`) or its YAML file.
+        steps: numbers of network steps; the one the student is meant for when left out.
+        metrics: those wanted of the protocol's; all when left out.
+        checkpoints: their names; all when left out.
+        guidance: scale counted from 1; what the student is meant for when left out.
+        num_images: another number of images than the protocol's; the numbers then compare with no others.
+        batch_size: images per call of the model.
+        weights: of the feature networks, as for eval.
+        output: folder with a folder for each checkpoint; RUN/evaluations/PROTOCOL when left out.
+    """
+    from diffdistill import scoring
+    from diffdistill.evaluation.table import Row, table
+
+    _folder(output)
+    settings = scoring.Settings(protocol, tuple(metrics), num_images, guidance, batch_size, weights, output)
+    found = scoring.sweep(run, steps, settings, tuple(checkpoints), _progress())
+    if not scoring.processes().is_main:
+        return 0
+    if json:
+        _print_json({name: {key: e.to_json() for key, e in by_steps.items()} for name, by_steps in found.items()})
+    else:
+        print(table([Row.from_evaluation(name, e) for name, by_steps in found.items() for e in by_steps.values()]))
+        _say_warnings(e for by_steps in found.values() for e in by_steps.values())
+    return 0
+
+
 def _folder(path: Path | None) -> None:
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; -o names a folder.")

@@ -93,6 +93,66 @@ def evaluate(
     return {f"steps-{sampler.num_steps}": scorer.generated(opened, sampler) for sampler in samplers}
 
 
+def sweep(
+    run: str | Path,
+    steps: Sequence[int] = (),
+    settings: Settings = Settings(),
+    checkpoints: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Evaluation]]:
+    """Score the checkpoints of a run, each into a folder of its own; those that are there already are read.
+
+    Args:
+        run: a run folder.
+        steps: numbers of network steps; empty for the one the student is meant for.
+        settings: how; its output is by default RUN/evaluations/PROTOCOL.
+        checkpoints: their names; empty for all, in the order of their steps.
+        progress: called with (what, images done, images in all).
+    Returns:
+        By the name of the checkpoint, what `evaluate` returns.
+    Raises:
+        UserError: no run or no such checkpoint there, or what `evaluate` refuses.
+    """
+    from diffdistill.evaluation.protocol import load_protocol
+    from diffdistill.training.checkpoint import available
+    from diffdistill.training.folder import RunFolder
+
+    files = RunFolder(Path(run))
+    names = [path.name for path in available(files.checkpoints)]
+    if unknown := [name for name in checkpoints if name not in names]:
+        raise UserError(f"{run} has no checkpoint {', '.join(unknown)}. It has: {', '.join(names) or 'none yet'}.")
+    if not names:
+        raise UserError(f"{run} has no checkpoints to evaluate. `diffdistill train` makes a run and its checkpoints.")
+    protocol = load_protocol(settings.protocol)
+    folder = settings.output or files.path / "evaluations" / protocol.name
+    found = {}
+    for name in checkpoints or names:
+        place = replace(settings, output=folder / name)
+        found[name] = _known(place, steps) or evaluate(run, steps, place, checkpoint=name, progress=progress)
+        if processes().is_main:
+            write_evaluations(f"{run}, {name}", found[name], folder / name)
+    return found
+
+
+def _known(settings: Settings, steps: Sequence[int]) -> dict[str, Evaluation]:
+    """Return the evaluations that a folder holds, where they are all of those asked for; of another protocol they are refused."""
+    from diffdistill.evaluation.protocol import load_protocol
+
+    assert settings.output is not None
+    wanted = {f"steps-{count}" for count in steps}
+    there = {path.stem: path for path in settings.output.glob("steps-*.json")}
+    if not there or not wanted <= set(there):
+        return {}
+    found = {name: load_evaluation(path) for name, path in there.items() if not wanted or name in wanted}
+    protocol = load_protocol(settings.protocol)
+    protocol = protocol if settings.num_images is None else protocol.with_num_images(settings.num_images)
+    if any(evaluation.protocol_hash != protocol.pinned().hash for evaluation in found.values()):
+        raise UserError(
+            f"{settings.output} holds evaluations of another protocol than {protocol.name!r} as it is now. Choose another output folder."
+        )
+    return found
+
+
 class _Scorer:
     """Scores targets under one protocol."""
 

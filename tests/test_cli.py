@@ -425,6 +425,26 @@ def protocol(here) -> str:
     return "tiny.yaml"
 
 
+def test_a_sweep_scores_each_checkpoint_once(run, protocol, capsys, refused, monkeypatch):
+    from diffdistill import scoring
+
+    sweep = ["eval", "sweep", "run", "--protocol", protocol, "--steps", "1"]
+    assert cli.main([*sweep, "--checkpoints", "step_0000002"]) == 0
+    assert "step_0000002" in capsys.readouterr().out
+    first = (run / "evaluations" / "tiny" / "step_0000002" / "steps-1.json").read_bytes()
+    made, evaluate = [], scoring.evaluate
+    monkeypatch.setattr(scoring, "evaluate", lambda *a, **k: made.append(k["checkpoint"]) or evaluate(*a, **k))
+    assert cli.main([*sweep, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert sorted(found) == names and len(names) > 1
+    assert made == [name for name in names if name != "step_0000002"]
+    assert (run / "evaluations" / "tiny" / "step_0000002" / "steps-1.json").read_bytes() == first
+    assert len({entry["steps-1"]["values"]["fid"]["mean"] for entry in found.values()}) == len(names)
+    assert "another protocol" in refused(*sweep, "--num-images", "50")
+    assert "no checkpoint step_7" in refused(*sweep, "--checkpoints", "step_7")
+
+
 def test_eval_and_compare_print_tables_and_json(trained, protocol, here, capsys, refused):
     target = str(trained / "run")
     assert cli.main(["eval", target, "--protocol", protocol, "--steps", "1", "2", "-o", "student"]) == 0
