@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """Quantise images: round((clip(x, -1, 1) + 1) * 127.5), in float32, halves to the even neighbour.
 
     -1 becomes 0, 0 becomes 128 (127.5 rounds to even) and 1 becomes 255, so uint8 / 127.5 - 1 is undone exactly.
