@@ -48,7 +48,7 @@ def read_image(content: Path | bytes, name: str, height: int, width: int, channe
     import numpy as np
     from PIL import Image, ImageOps
 
-    with _opened(content, name) as opened:
+    with opened_image(content, name) as opened:
         image = _eight_bits(ImageOps.exif_transpose(opened)).convert("RGB" if channels == 3 else "L")
         fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(fitted)).to(torch.float32)  # (H, W) or (H, W, 3)
@@ -69,15 +69,15 @@ def image_shape(content: Path | bytes, name: str) -> tuple[int, int]:
     Raises:
         UnreadableImage: the header cannot be read.
     """
-    with _opened(content, name) as opened:
+    with opened_image(content, name) as opened:
         # Asked first whether there is any: getexif decodes a whole PNG in search of it.
         turned = "exif" in opened.info and opened.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         return opened.size if turned else (opened.height, opened.width)
 
 
 @contextlib.contextmanager
-def _opened(content: Path | bytes, name: str) -> Iterator[Any]:
-    """Yield the image; what goes wrong with it in the block becomes an UnreadableImage."""
+def opened_image(content: Path | bytes, name: str) -> Iterator[Any]:
+    """Yield an image of Pillow from a file or its bytes; what goes wrong with it in the block becomes an UnreadableImage."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -1,46 +1,18 @@
-"""Sets of images in the npz that ADM's evaluator reads (`arr_0`, uint8 NHWC), one batch at a time."""
+"""Images written to files: the npz that ADM's evaluator reads, and a folder of PNGs filled in the background."""
 
 from __future__ import annotations
 
-import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from diffdistill.errors import UserError
 from diffdistill.evaluation.images import check_uint8_images
-from diffdistill.evaluation.readable import readable
 from diffdistill.files import atomic_folder
-
-
-def read_images(path: str | Path, batch_size: int = 500) -> Iterator[Tensor]:
-    """Yield the images of an ADM file (`arr_0`) in their order, uint8 (B, 3, H, W), holding one batch at a time.
-
-    Raises:
-        UserError: on the first image, or where the file ends early: it is no ADM file of RGB images.
-    """
-    path = Path(path)
-    with readable(path, "images"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        version = np.lib.format.read_magic(member)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(member)
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-            raise UserError(
-                f"arr_0 of {path} is {dtype} {shape}; images are uint8 (N, H, W, 3), row by row. Name another file."
-            )
-        for first in range(0, shape[0], batch_size):
-            wanted = (min(batch_size, shape[0] - first), *shape[1:])
-            pixels = member.read(math.prod(wanted))
-            if len(pixels) < math.prod(wanted):
-                raise EOFError(f"{shape[0]} images are announced.")
-            images = np.frombuffer(pixels, np.uint8).reshape(wanted)
-            yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # (B, 3, H, W)
 
 
 def write_images(path: str | Path, batches: Iterable[Tensor], count: int) -> Path:

@@ -247,7 +247,9 @@ def _read_clean_fid(path: Path, extractor: str) -> _Held:
 def _read_adm(path: Path, extractor: str) -> _Held:
     with np.load(path, allow_pickle=False) as stored:
         if "mu" not in stored.files:
-            raise UserError(f"{path} holds images and no statistics. Run an extractor over read_images({path.name!r}, ...).")
+            raise UserError(
+                f"{path} holds images and no statistics. Run an extractor over open_images({path.name!r}).batches(...)."
+            )
         spatial = (stored["mu_s"], stored["sigma_s"]) if "mu_s" in stored.files else None
         return _Held("fid", (stored["mu"], stored["sigma"]), spatial=spatial)
 

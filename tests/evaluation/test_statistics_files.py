@@ -417,5 +417,5 @@ def test_edm_statistics_survive_the_round_trip(tmp_path):
 
 def test_images_without_statistics_say_how_to_get_them(tmp_path):
     np.savez(tmp_path / "samples.npz", np.zeros((3, 4, 5, 3), np.uint8))
-    with pytest.raises(UserError, match="holds images and no statistics.*read_images"):
+    with pytest.raises(UserError, match="holds images and no statistics.*open_images"):
         read_statistics(tmp_path / "samples.npz", TENSORFLOW, dim=2)
