@@ -41,9 +41,14 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> Path:
+def write_atomic(path: str | Path, content: str | bytes, durable: bool = True) -> Path:
     """Write a file aside, flush it to disk and rename it into place.
 
+    Args:
+        path: the file; its folder is made where there is none.
+        content: all of it.
+        durable: False leaves the flush to the system, for files that are many and can be made again: whole after a kill of this
+            process, perhaps not after a loss of power.
     Raises:
         MachineError: the disk is full or the folder cannot be written; the old file is untouched.
     """
@@ -55,10 +60,12 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as handle:
                 handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
+                if durable:
+                    handle.flush()
+                    os.fsync(handle.fileno())
             os.replace(aside, path)
-            _fsync(path.parent)
+            if durable:
+                _fsync(path.parent)
         finally:
             aside.unlink(missing_ok=True)
     return path
