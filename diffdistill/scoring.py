@@ -16,10 +16,10 @@ import torch
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.result import Evaluation
-from diffdistill.files import write_atomic, write_json
+from diffdistill.files import hash_json, write_atomic, write_json
 from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.generate import Generate
-from diffdistill.targets import AnySampler, Target, open_target
+from diffdistill.targets import AnySampler, Target, is_model, open_target
 
 IMAGES = "images"  # the name of an evaluation of images that exist
 LATENCY_CALLS = 3
@@ -189,9 +189,9 @@ class _Scorer:
     def images(self, target: str | Path) -> Evaluation:
         """Score images in files."""
         from diffdistill.evaluation.evaluate import evaluate_images
-        from diffdistill.evaluation.image_files import open_images
+        from diffdistill.evaluation.image_sources import open_images
 
-        source = open_images(target)
+        source = open_images(target, self.protocol.transforms)
         asked = self.protocol.asked_of_files(len(source))
         return evaluate_images(
             source,
@@ -199,7 +199,9 @@ class _Scorer:
             self.protocol,
             self._report(str(target)),
             views=self.views,
-            keeping=self._keeping(IMAGES, {"images": str(Path(target).resolve()), "files": source.fingerprint}),
+            keeping=self._keeping(
+                IMAGES, {"images": str(Path(target).resolve()), "names": hash_json({"names": list(source.names)})}
+            ),
             processes=self.processes,
         )
 
@@ -211,9 +213,9 @@ class _Scorer:
     def _sink(self, name: str) -> AbstractContextManager[Any]:
         if self.settings.save_images is None:
             return nullcontext()
-        from diffdistill.evaluation.image_writer import ImageWriter
+        from diffdistill.evaluation.image_files import PngWriter
 
-        return ImageWriter(self.settings.save_images / name)
+        return PngWriter(self.settings.save_images / name)
 
     def _report(self, what: str) -> Callable[[int, int], None] | None:
         progress = self.progress
@@ -222,12 +224,8 @@ class _Scorer:
 
 def is_images(target: str | Path) -> bool:
     """Tell a folder or an archive of images from what makes images."""
-    return False  # TODO until image_files has these
-    from diffdistill.evaluation.image_files import ARCHIVES, holds_images
-    from diffdistill.targets import is_model
-
     path = Path(target)
-    return path.suffix.lower() in ARCHIVES if path.is_file() else path.is_dir() and not is_model(path) and holds_images(path)
+    return path.is_file() or (path.is_dir() and not is_model(path))
 
 
 def processes() -> Processes:

@@ -91,7 +91,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (_resize, _frechet, _digits, _devices)
 def _of_protocol(name: str | Path, images: str | Path | None, weights: str | None) -> Iterator[Check]:
     """Yield what shows that a protocol's weights and reference are those it means."""
     from diffdistill.evaluation.evaluate import evaluate_images
-    from diffdistill.evaluation.image_files import open_images
+    from diffdistill.evaluation.image_sources import open_images
     from diffdistill.evaluation.protocol import load_protocol
     from diffdistill.evaluation.reference import references_folder
     from diffdistill.evaluation.views import open_views
@@ -107,4 +107,6 @@ def _of_protocol(name: str | Path, images: str | Path | None, weights: str | Non
     found = evaluate_images(source, None, protocol.with_num_images(len(source)), views=views)
     for metric in protocol.metrics:
         if (value := found.mean(metric)) is not None and metric in ("fid", "fd_dinov2", "patch_fid"):
-            yield Check(metric, value < LARGEST_FID, f"the real images are {value:.2e} from the reference, at most {LARGEST_FID}")
+            yield Check(
+                metric, value < LARGEST_FID, f"the real images are {value:.2e} from the reference, at most {LARGEST_FID}"
+            )

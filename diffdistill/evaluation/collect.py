@@ -14,7 +14,7 @@ from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
 from diffdistill.evaluation.metrics.sample import Sample
 from diffdistill.evaluation.moments import Moments
 from diffdistill.evaluation.shapes_detector import obeyed
-from diffdistill.evaluation.transforms import Transform
+from diffdistill.evaluation.transforms import Transform, transform_images
 from diffdistill.models.conditioning import Asked
 
 IMAGES_PER_BLOCK = 500
@@ -109,7 +109,7 @@ class _ViewCollector:
         self.kept: dict[str, list[Tensor]] = {}
 
     def add(self, images: Tensor, groups: Tensor, captions: list[str] | None) -> None:
-        images = self.transform(images)
+        images = transform_images(images, self.transform)
         check_uint8_images(images, self.extractor.channels, self.extractor.size)
         if self.needs & FEATURE_FIELDS:
             self._take(self.extractor(images), groups)

@@ -27,15 +27,26 @@ from diffdistill.evaluation.parts import IMAGES_PER_PART, Part, PartFiles, Range
 from diffdistill.evaluation.protocol import Protocol
 from diffdistill.evaluation.reference import NONE
 from diffdistill.evaluation.result import Cost, Evaluation, Summary, stacked, versions
-from diffdistill.evaluation.transforms import transform_of
+from diffdistill.evaluation.transforms import parse_transform, transform_images
 from diffdistill.evaluation.views import OpenView, open_views
 from diffdistill.models.conditioning import Asked
 from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.generate import Generate
 
+IMAGES_PER_BATCH = 100  # read from files at a time
 Progress = Callable[[int, int], None]
-Sink = Callable[[int, Tensor], None]
-"""(number of the first image over all blocks, uint8 images (B, C, H, W)): what leaves a generator, e.g. to be written."""
+
+
+class Sink(Contract):
+    """Takes what leaves a generator, e.g. `image_files.PngWriter`."""
+
+    def add(self, images: Tensor, first: int) -> None:
+        """Take uint8 images (B, C, H, W), numbers first, first + 1, ... over all blocks of seeds."""
+        ...
+
+    def flush(self) -> None:
+        """Return when all are where they should be."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,13 +63,13 @@ class Keeping:
 
 
 class ImageSource(Contract):
-    """Images that exist, in a fixed order."""
+    """Images that exist, in a fixed order, e.g. `image_sources.ImageSource`."""
 
     def __len__(self) -> int:
         """Return how many there are."""
         ...
 
-    def read(self, start: int, stop: int) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """Yield the images [start, stop), uint8 (B, C, H, W)."""
         ...
 
@@ -72,9 +83,9 @@ class TensorImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield the images [start, stop) at once."""
-        yield self.images[start:stop]
+    def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield the images [start, stop)."""
+        yield from self.images[start:stop].split(batch_size)
 
 
 def evaluate(
@@ -137,8 +148,8 @@ def evaluate_images(
     """Score images that exist already, e.g. read from a folder.
 
     Args:
-        images: uint8 (N, C, H, W), or a source of such, in the order of the protocol's seeds. N is num_images for one block or
-            num_images times the number of blocks for all.
+        images: uint8 (N, C, H, W), or a source of such, in the order of the protocol's seeds, after the protocol's transforms. N is
+            num_images for one block or num_images times the number of blocks for all.
         asked: int64 (N,), the classes asked for, or N captions; None skips the metrics that need them and says so in the result.
         protocol, progress, nfe, num_steps, views, keeping, processes, images_per_part: as for `evaluate`.
     Raises:
@@ -174,6 +185,7 @@ class _Generated:
 
     def __init__(self, generate: Generate, protocol: Protocol, batch_size: int, sink: Sink | None):
         self.generate, self.protocol, self.batch_size, self.sink = generate, protocol, batch_size, sink
+        self.transform = parse_transform(protocol.transforms)
         self.times = Times()
         self._is_first = True  # the first call of a process pays for what later ones find ready
         self._asked: tuple[int, Asked] | None = None
@@ -185,8 +197,10 @@ class _Generated:
             wanted = None if asked is None else asked[batch]
             images = to_uint8(self._timed(list(seeds[batch]), wanted), self.protocol.uint8_rule)
             if self.sink is not None:
-                self.sink(part.block * self.protocol.num_images + start, images)
-            yield images, wanted
+                self.sink.add(images, part.block * self.protocol.num_images + start)
+            yield transform_images(images, self.transform), wanted
+        if self.sink is not None:
+            self.sink.flush()  # before the part counts as done
 
     def _asked_of(self, block: int) -> Asked:
         if self._asked is None or self._asked[0] != block:
@@ -218,7 +232,7 @@ class _Existing:
     def batches(self, part: Range) -> Iterator[tuple[Tensor, Asked]]:
         first = part.block * self.protocol.num_images
         place = first + part.start
-        for images in self.source.read(place, first + part.stop):
+        for images in self.source.batches(IMAGES_PER_BATCH, place, first + part.stop):
             yield images, None if self.asked is None else self.asked[place : place + len(images)]
             place += len(images)
 
@@ -231,7 +245,6 @@ class _PartMaker:
 
     def __init__(self, source: _Generated | _Existing, protocol: Protocol, views: Sequence[OpenView]):
         self.source, self.groups, self.seen = source, protocol.groups(), [view.seen for view in views]
-        self.transform = transform_of(protocol.transforms)
 
     def make(self, part: Range, progress: Progress | None) -> Part:
         groups, self.source.times = self.groups[part.start : part.stop], Times()
@@ -240,7 +253,7 @@ class _PartMaker:
         seeing, device = 0.0, "cpu"
         for images, asked in self.source.batches(part):
             begin = time.perf_counter()
-            collector.add(self.transform(images), asked)
+            collector.add(images, asked)
             seeing, device = seeing + time.perf_counter() - begin, _device_name(images.device)
             if progress is not None:
                 progress(collector.count, len(groups))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from torch import Tensor
 
 from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_scenes
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.features import Precision
+from diffdistill.evaluation.images import Uint8Rule
 from diffdistill.evaluation.metrics.registry import METRICS
 from diffdistill.evaluation.prompt_sets import PromptSet
 from diffdistill.evaluation.resize import ResizeKind
+from diffdistill.evaluation.transforms import parse_transform
 from diffdistill.files import hash_json
 from diffdistill.mistakes import checked
 from diffdistill.models.conditioning import Asked
@@ -30,12 +32,20 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _known_steps(steps: tuple[str, ...]) -> tuple[str, ...]:
+    parse_transform(steps)
+    return steps
+
+
+Steps = Annotated[tuple[str, ...], AfterValidator(_known_steps)]
+
+
 class View(_Frozen):
     """One way in which the images are seen: what is done to them, the network that sees them, and what is measured by it."""
 
     extractor: str = Field(description="name of the network, one of extractors.EXTRACTORS or the caller's own")
     metrics: tuple[str, ...] = Field(min_length=1, description="names in metrics.METRICS; each once in a protocol")
-    transforms: tuple[str, ...] = Field((), description="steps on the images for this view alone, see transforms.STEPS")
+    transforms: Steps = Field((), description="steps on the images for this view alone, see transforms.STEPS")
     resize: ResizeKind = Field("identity", description="how images come to the size of the network, see resize.RESIZES")
     precision: Precision = Field("float32", description="arithmetic of the network; float32 is strict, without TF32")
 
@@ -73,14 +83,11 @@ class Protocol(_Frozen):
     num_classes: int = Field(1, ge=1, description="number of classes the labels run over; 1 for an unconditional model")
     prompts: PromptSet | None = Field(None, description="the file of prompts, for label_rule prompts")
     images_per_prompt: int = Field(1, ge=1, description="neighbouring images that share a prompt")
-    uint8_rule: Literal["round", "round128", "trunc127", "u255"] = Field(
-        description="from [-1, 1] to bytes, see images.UINT8_RULES"
-    )
-    transforms: tuple[str, ...] = Field((), description="steps on the generated images for all views, see transforms.STEPS")
-    round_trip: str = Field("none", description="none, png, or e.g. 'jpeg 95 4:2:0': images as read back from such files")
+    uint8_rule: Uint8Rule = Field(description="from [-1, 1] to bytes, see images.UINT8_RULES")
+    transforms: Steps = Field((), description="steps on the generated images for all views, see transforms.STEPS")
     views: tuple[View, ...] = Field(min_length=1, description="the networks that see the images, and what each measures")
     reference: str = Field(description="name of the set of real images, embedded or in the store of references")
-    reference_transforms: tuple[str, ...] = Field((), description="steps on the real images when their statistics are made")
+    reference_transforms: Steps = Field((), description="steps on the real images when their statistics are made")
     aggregation: Literal["mean", "best_block"] = Field(
         "mean",
         description="over blocks of seeds: the mean of each value, or the values of the block with the lowest first metric",

@@ -22,7 +22,7 @@ from diffdistill.evaluation.features import FeatureExtractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.metrics.sample import Sample
 from diffdistill.evaluation.protocol import Protocol, View
-from diffdistill.evaluation.transforms import transform_of
+from diffdistill.evaluation.transforms import parse_transform
 from diffdistill.files import CACHE, sha256, write_atomic, write_json
 from diffdistill.models.conditioning import Asked
 
@@ -90,9 +90,9 @@ def measure(
     """Return the reference of each view, from one pass over real images.
 
     Args:
-        batches: uint8 (B, C, H, W) as they are, with their classes (B,), their captions, or None.
+        batches: uint8 (B, C, H, W), with their classes (B,), their captions, or None.
         count: number of images in all.
-        protocol: whose reference they are; its transforms of real images are applied here.
+        protocol: whose reference they are; its transforms of real images must have been applied.
         views: each with its extractor and the fields of `Sample` to be kept.
         source: further facts for the provenance, e.g. the folder.
     Raises:
@@ -100,7 +100,7 @@ def measure(
     """
     for view, extractor, _ in views:
         check_extractor(protocol, view, extractor)
-    seen = [Seen(transform_of((*protocol.reference_transforms, *view.transforms)), *rest) for view, *rest in views]
+    seen = [Seen(parse_transform(view.transforms), extractor, needs) for view, extractor, needs in views]
     collector = Collector(seen, torch.zeros(count, dtype=torch.int64))
     for images, asked in batches:
         collector.add(images, asked)

@@ -15,7 +15,7 @@ from diffdistill.evaluation.features import FeatureExtractor
 from diffdistill.evaluation.metrics.registry import METRICS
 from diffdistill.evaluation.protocol import Protocol, View
 from diffdistill.evaluation.reference import Reference, check_reference, reference_for
-from diffdistill.evaluation.transforms import transform_of
+from diffdistill.evaluation.transforms import parse_transform
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class OpenView:
     def seen(self) -> Seen:
         """How the images are seen, and what is kept of it."""
         needs = frozenset[str]().union(*(METRICS[name].needs for name in self.metrics))
-        return Seen(transform_of(self.view.transforms), self.extractor, needs)
+        return Seen(parse_transform(self.view.transforms), self.extractor, needs)
 
 
 def open_views(

@@ -147,7 +147,7 @@ def test_images_that_exist_are_resumed_too(views, tmp_path):
         def __len__(self):
             return 700
 
-        def read(self, start, stop):
+        def batches(self, batch_size, start, stop):
             if stop > self.end:
                 raise Killed
             self.asked.append((start, stop))
@@ -163,12 +163,17 @@ def test_images_that_exist_are_resumed_too(views, tmp_path):
 
 
 def test_a_sink_gets_every_image_with_its_number(views):
-    seen = {}
+    seen, flushed = {}, []
 
-    def sink(first, images):
-        seen.update({first + index: image for index, image in enumerate(images)})
+    class Sink:
+        def add(self, images, first):
+            seen.update({first + index: image for index, image in enumerate(images)})
 
-    evaluate(noise, PROTOCOL, views=views, batch_size=90, sink=sink)
+        def flush(self):
+            flushed.append(len(seen))
+
+    evaluate(noise, PROTOCOL, views=views, batch_size=90, sink=Sink(), images_per_part=500)
+    assert flushed == [500, 700, 1200, 1400]  # before a part counts as done
     assert list(seen) == list(range(1400))
     assert torch.equal(seen[705], ((noise([705], None)[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
 

@@ -19,6 +19,7 @@ from diffdistill.evaluation.extractors import shapes_clip
 from diffdistill.evaluation.features import CallableExtractor, ClipExtractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.shapes_detector import obeyed
+from diffdistill.evaluation.transforms import Transform
 from diffdistill.math.schedules import VPSchedule
 from diffdistill.models.condition import Condition
 from diffdistill.models.loading import load_teacher
@@ -252,7 +253,7 @@ def test_a_folder_without_a_clip_or_without_its_weights_is_one_clear_message(tra
 def test_captions_are_skipped_by_an_extractor_that_does_not_read() -> None:
     drawn = shapes(4)
     extractor = CallableExtractor(lambda images: images.float().mean((2, 3)), "means", "0" * 64, 3)
-    seen = Seen(lambda images: images, extractor, frozenset({"texts", "obeyed"}))
+    seen = Seen(Transform(), extractor, frozenset({"texts", "obeyed"}))
     collector = Collector([seen], torch.zeros(4, dtype=torch.int64))
     collector.add(to_uint8(drawn.images), drawn.scenes.captions())
     [sample] = collector.finish()
