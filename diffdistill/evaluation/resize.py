@@ -1,7 +1,8 @@
 """Resize before a feature network, in the arithmetic of the packages whose numbers are compared.
 
 One network on the same images gives Frechet distances up to three percent apart under different resizes, so the kind of resize
-is part of what a number means. Every kind takes uint8 images (N, C, H, W) to (N, C, *size), with values in [0, 255]:
+is part of what a number means. Every kind takes uint8 images (N, C, H, W) to (N, C, *size), with values in [0, 255] but for
+`torch_bicubic`, which nobody clips:
 
 | kind | result | rule | used by |
 |---|---|---|---|
@@ -9,11 +10,14 @@ is part of what a number means. Every kind takes uint8 images (N, C, H, W) to (N
 | `pil_bicubic` | float32 | Pillow, each channel as a float image, then clipped | clean-fid `clean` |
 | `pil_bicubic_u8` | uint8 | Pillow, rounded after each pass | dgm-eval, CMMD, CLIP's preprocessing |
 | `pil_bilinear_u8` | uint8 | Pillow, rounded after each pass | torchvision's default for Pillow images |
+| `pil_lanczos_u8` | uint8 | Pillow, rounded after each pass | the step to 256 pixels of GigaGAN's and DMD2's COCO-30k |
 | `tf1_bilinear` | float32 | TensorFlow 1: pixel i lies at i * source / target | ADM's evaluator, EDM, torch-fidelity, clean-fid `legacy_tensorflow` |
 | `torch_bilinear` | float32 | `interpolate`: its centre lies at (i + 1/2) * source / target | pytorch-fid, clean-fid `legacy_pytorch` |
+| `torch_bilinear_antialias` | float32 | `interpolate` with antialias | torchmetrics since 1.8, by default |
+| `torch_bicubic` | float32 | `interpolate` with antialias, from -72 to 327 | EDM2's FD-DINOv2 |
 
-Pillow's filters widen when an image shrinks (antialias); the last two rules always blend two neighbours. EDM and clean-fid compute
-TensorFlow's rule through `grid_sample`, whose coordinates are less exact: their values differ by up to 0.02 (512 pixels).
+Pillow's filters widen when an image shrinks, and torch's with antialias are the same ones in float32; `tf1_bilinear` and
+`torch_bilinear` always blend two neighbours. EDM and clean-fid compute TensorFlow's rule through `grid_sample`, whose coordinates are less exact: their values differ by up to 0.02 (512 pixels).
 
 Pillow's kinds are Pillow itself on the CPU and two matrix products on other devices. One core resizes bytes 3 to 5 times faster by
 Pillow; floats 2 times faster from 256 pixels on, equally fast at 64, half as fast at 32 (onto 299 pixels). The products are in float64,
@@ -37,8 +41,18 @@ from torch.nn import functional as F
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.images import check_uint8_images
 
-ResizeKind = Literal["identity", "pil_bicubic", "pil_bicubic_u8", "pil_bilinear_u8", "tf1_bilinear", "torch_bilinear"]
-Filter = Literal["bilinear", "bicubic"]
+ResizeKind = Literal[
+    "identity",
+    "pil_bicubic",
+    "pil_bicubic_u8",
+    "pil_bilinear_u8",
+    "pil_lanczos_u8",
+    "tf1_bilinear",
+    "torch_bilinear",
+    "torch_bilinear_antialias",
+    "torch_bicubic",
+]
+Filter = Literal["bilinear", "bicubic", "lanczos"]
 Size = tuple[int, int]  # height, width
 
 FIXED_POINT = 2**22  # Pillow's byte weights are whole multiples of 1 / FIXED_POINT
@@ -52,7 +66,8 @@ def resize(images: Tensor, size: Size, kind: ResizeKind) -> Tensor:
         size: height and width of the result, pixels.
         kind: one of RESIZES; see the table above.
     Returns:
-        (N, C, *size) in [0, 255], on the device of images: uint8 for the kinds that end in `_u8`, float32 for the others.
+        (N, C, *size) on the device of images: uint8 for the kinds that end in `_u8`, float32 for the others, in [0, 255] but for
+        `torch_bicubic`.
     Raises:
         ValueError: images are not uint8 (N, C, H, W).
         UserError: the kind is unknown, or `identity` and the images have another size.
@@ -74,10 +89,15 @@ def identity(images: Tensor, size: Size) -> Tensor:
     return images.float()
 
 
-def torch_bilinear(images: Tensor, size: Size) -> Tensor:
-    """Return float32: torch's own `interpolate`, without antialias, clipped to [0, 255]."""
-    resized = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=False)
-    return resized.clamp(0, 255)  # its two weights may add up to a little more than one
+def torch_bilinear(images: Tensor, size: Size, antialias: bool = False) -> Tensor:
+    """Return float32: torch's own `interpolate`, clipped to [0, 255]."""
+    resized = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=antialias)
+    return resized.clamp(0, 255)  # its weights may add up to a little more than one
+
+
+def torch_bicubic(images: Tensor, size: Size) -> Tensor:
+    """Return float32: torch's own `interpolate` with antialias, whose a is -1/2 (without it -3/4), overshoot and all."""
+    return F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
 def tf1_bilinear(images: Tensor, size: Size) -> Tensor:
@@ -178,13 +198,21 @@ def _cubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, far) * (x < 2)
 
 
-_FILTERS: dict[Filter, Callable[[Tensor], Tensor]] = {"bilinear": _triangle, "bicubic": _cubic}
+def _lanczos(x: Tensor) -> Tensor:
+    """sinc(x) sinc(x / 3), of distances x >= 0."""
+    return torch.sinc(x) * torch.sinc(x / 3) * (x < 3)
+
+
+_FILTERS: dict[Filter, Callable[[Tensor], Tensor]] = {"bilinear": _triangle, "bicubic": _cubic, "lanczos": _lanczos}
 
 RESIZES: dict[ResizeKind, Callable[[Tensor, Size], Tensor]] = {
     "identity": identity,
     "pil_bicubic": functools.partial(pil_float, filter="bicubic"),
     "pil_bicubic_u8": functools.partial(pil_u8, filter="bicubic"),
     "pil_bilinear_u8": functools.partial(pil_u8, filter="bilinear"),
+    "pil_lanczos_u8": functools.partial(pil_u8, filter="lanczos"),
     "tf1_bilinear": tf1_bilinear,
     "torch_bilinear": torch_bilinear,
+    "torch_bilinear_antialias": functools.partial(torch_bilinear, antialias=True),
+    "torch_bicubic": torch_bicubic,
 }

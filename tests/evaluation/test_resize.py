@@ -1,5 +1,6 @@
 """Every resize gives the numbers of the package it is named after."""
 
+import math
 from typing import get_args
 
 import numpy as np
@@ -32,7 +33,7 @@ SIZES = [
     ((5, 5), (1, 1)),
     ((2, 3), (5, 8)),
 ]
-PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+PIL_FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 
 
 def noise(*shape):
@@ -58,7 +59,7 @@ def row(*pixels):
     return torch.tensor(pixels, dtype=torch.uint8).reshape(1, 1, 1, -1)
 
 
-@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("filter", PIL_FILTERS)
 @pytest.mark.parametrize(("source", "target"), SIZES)
 def test_bytes_are_pillows_bit_for_bit(source, target, filter):
     images = noise(*source)
@@ -81,7 +82,23 @@ def test_the_bicubic_filter_overshoots_before_it_is_clipped():
     assert free.max() > 260 and free.min() < -5
 
 
-@pytest.mark.parametrize("kind", sorted(set(RESIZES) - {"identity"}))
+@pytest.mark.parametrize(("kind", "filter"), [("torch_bilinear_antialias", "bilinear"), ("torch_bicubic", "bicubic")])
+@pytest.mark.parametrize(("source", "target"), SIZES)
+def test_torchs_antialias_is_pillows_filter_with_places_in_float32(kind, filter, source, target):
+    images = noise(*source)
+    expected = torch.stack([floats_by_pillow(image, target, filter) for image in images])
+    step = max(source) * 2**-23  # of a float32 place, in pixels; times the largest slope, on both axes
+    torch.testing.assert_close(resize(images, target, kind), expected, rtol=0, atol=2 * 255 * step)
+
+
+@pytest.mark.parametrize(("pixels", "middle"), [((0, 255, 255, 0), 255 * 18 / 16), ((255, 0, 0, 255), -255 * 2 / 16)])
+def test_torchs_bicubic_is_not_clipped(pixels, middle):
+    """Halfway between two pixels the cubic of a = -1/2 weighs the four around it -1, 9, 9, -1 sixteenths."""
+    resized = resize(row(*pixels), (1, 5), "torch_bicubic").flatten()
+    torch.testing.assert_close(resized[2], torch.tensor(middle), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(set(RESIZES) - {"identity", "torch_bicubic"}))
 def test_values_stay_bytes_or_floats_from_0_to_255(kind):
     resized = resize(noise(32, 32)[1:], (299, 299), kind)
     assert resized.dtype == (torch.uint8 if kind.endswith("_u8") else torch.float32)
@@ -158,11 +175,12 @@ def test_tf1_bilinear_is_the_kernel_of_tensorflow_bit_for_bit(source, target):
         ("torch_bilinear", [0, 25, 75, 100], [5, 55]),  # at -1/4, 1/4, 3/4, 5/4, and at 1/2, 5/2
         ("tf1_bilinear", [0, 50, 100, 100], [0, 20]),  # at 0, 1/2, 1, 3/2, and at 0, 2
         ("pil_bilinear_u8", [0, 25, 75, 100], [7, 49]),  # weights 3 3 1 0, sevenths: 50/7 and 340/7
+        ("torch_bilinear_antialias", [0, 25, 75, 100], [50 / 7, 340 / 7]),
     ],
 )
 def test_the_bilinear_rules_on_a_row_by_hand(kind, grown, shrunk):
     assert resize(row(0, 100), (1, 4), kind).flatten().tolist() == grown
-    assert resize(row(0, 10, 20, 90), (1, 2), kind).flatten().tolist() == shrunk
+    assert resize(row(0, 10, 20, 90), (1, 2), kind).flatten().tolist() == pytest.approx(shrunk, rel=1e-6)
 
 
 def test_the_cubic_of_pillow_has_minus_one_half():
@@ -170,7 +188,18 @@ def test_the_cubic_of_pillow_has_minus_one_half():
     assert weights.tolist() == [0, -3 / 128, 29 / 128, 111 / 128, -9 / 128, 0, 0, 0]
 
 
-@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+def test_lanczos_of_pillow_has_three_lobes():
+    weights = resizes.pil_weights(16, 16 * 2, "lanczos", torch.device("cpu"))[
+        14
+    ]  # its centre lies at 7.25, pixel k's at k + 1/2
+    distances = [abs(k + 0.5 - 7.25) for k in range(16)]
+    lobes = [
+        math.sin(math.pi * d) / (math.pi * d) * math.sin(math.pi * d / 3) / (math.pi * d / 3) if d < 3 else 0 for d in distances
+    ]
+    torch.testing.assert_close(weights, torch.tensor(lobes, dtype=torch.float64) / sum(lobes), rtol=1e-14, atol=1e-17)
+
+
+@pytest.mark.parametrize("filter", PIL_FILTERS)
 @pytest.mark.parametrize(("source", "target"), [(32, 299), (1024, 299), (1, 5), (5, 1), (7, 7)])
 def test_weights_of_pillow_sum_to_one_and_mirror(source, target, filter):
     weights = resizes.pil_weights(source, target, filter, torch.device("cpu"))
@@ -231,5 +260,5 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(kind, source, target):
     images = noise(*source)
     here, there = resize(images, target, kind), resize(images.cuda(), target, kind)
     assert there.is_cuda
-    tolerance = {"pil_bicubic": 1e-4, "torch_bilinear": 1e-2}.get(kind, 0)
+    tolerance = 1e-4 if kind == "pil_bicubic" else 1e-2 if kind.startswith("torch_") else 0
     torch.testing.assert_close(there.cpu(), here, rtol=0, atol=tolerance)
