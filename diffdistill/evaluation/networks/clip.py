@@ -13,6 +13,7 @@ Captions become open_clip's tokens (ftfy, HTML entities, lower case), at most 77
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -28,7 +29,8 @@ from diffdistill.evaluation.networks.normalise import Normalise
 from diffdistill.evaluation.networks.weight_files import fill, read_weights
 from diffdistill.models.fingerprint import weights_fingerprint
 
-GIGAGAN_PREFIX = "A photo depicts"  # of GigaGAN's and DMD2's scores; Hessel et al. 2021 (arXiv:2104.08718)
+if typing.TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 Tokenizer = Callable[[list[str]], Tensor]  # captions to int64 (B, context), the end token the largest of a row
 
@@ -68,17 +70,9 @@ class Clip(nn.Module):
         """
         return Features(self.network.encode_image(self.normalise(images)))
 
-    def texts(self, captions: list[str], prefix: str | None = None) -> Tensor:
-        """Return caption vectors (B, dim), not of unit length.
-
-        Args:
-            captions: B of them.
-            prefix: words put between the start token and each caption, GIGAGAN_PREFIX for the scores of GigaGAN and DMD2.
-        Raises:
-            UserError: a prefix for a tokenizer that is not CLIP's own.
-        """
-        tokens = self.tokenizer(captions) if prefix is None else prefixed_tokens(self.tokenizer, captions, prefix)
-        return self.network.encode_text(tokens.to(self.normalise.scale.device))
+    def texts(self, captions: list[str]) -> Tensor:
+        """Return the vectors of B captions (B, dim), not of unit length."""
+        return self.network.encode_text(self.tokenizer(captions).to(self.normalise.scale.device))
 
     @classmethod
     def load(cls, path: str | Path, tower: Tower) -> Clip:
@@ -90,7 +84,7 @@ class Clip(nn.Module):
         path = Path(path)
         if path.is_dir():
             check_folder(path, tower)
-        return cls(_read(path, tower), tower, clip_tokenizer(tower.text["context_length"]))
+        return cls(_read(path, tower), tower, clip_tokenizer(tower.text["context_length"], tower.prefix))
 
     @classmethod
     def from_folder(cls, folder: str | Path, name: str) -> Clip:
@@ -106,15 +100,16 @@ class Clip(nn.Module):
     @classmethod
     def random(cls, seed: int, tower: Tower = TOWERS["clip-vit-b-32"]) -> Clip:
         """Return a network of random weights for tests: its scores mean nothing, and its name says so."""
-        tokenizer = clip_tokenizer(tower.text["context_length"])
+        tokenizer = clip_tokenizer(tower.text["context_length"], tower.prefix)
         return cls(_build(tower, seed), tower, tokenizer, f"{tower.name}-random-{seed}-INVALID")
 
 
-def clip_tokenizer(context_length: int = 77) -> Tokenizer:
-    """Return OpenAI's tokenizer as open_clip carries it."""
+def clip_tokenizer(context_length: int = 77, prefix: str | None = None) -> Tokenizer:
+    """Return OpenAI's tokenizer as open_clip carries it, with words put before each caption where there are some."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(context_length=context_length)
+    tokenizer = SimpleTokenizer(context_length=context_length)
+    return tokenizer if prefix is None else functools.partial(prefixed_tokens, tokenizer, prefix)
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer:
@@ -133,15 +128,11 @@ def _tokenizer_in(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def prefixed_tokens(tokenizer: Tokenizer, captions: list[str], prefix: str) -> Tensor:
+def prefixed_tokens(tokenizer: SimpleTokenizer, prefix: str, captions: list[str]) -> Tensor:
     """Return tokens int64 (B, context) of "start prefix caption end", cut to the context with the end token kept.
 
     The rule of GigaGAN and DMD2, but that these lose the end of a caption whose 73rd token is an exclamation mark (token 0).
     """
-    from open_clip.tokenizer import SimpleTokenizer
-
-    if not isinstance(tokenizer, SimpleTokenizer):
-        raise UserError(f"a prefix ({prefix!r}) needs CLIP's own tokenizer; this network has another. Leave the prefix out.")
     head = [tokenizer.sot_token_id, *tokenizer.encode(prefix)]
     tokens = torch.zeros(len(captions), tokenizer.context_length, dtype=torch.long)
     for row, caption in zip(tokens, captions, strict=True):

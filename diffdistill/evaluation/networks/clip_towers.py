@@ -13,6 +13,7 @@ OpenAI's weights, and forgets mean and deviation where the weights are given as 
 | clip-vit-h-14 | LAION | `ViT-H-14` with `laion2b_s32b_b79k` |
 | clip-vit-g-14 | LAION | `ViT-g-14` with `laion2b_s12b_b42k`; GigaGAN's and DMD2's "ViT-G/14" |
 | clip-vit-bigg-14 | LAION | `ViT-bigG-14` with `laion2b_s39b_b160k` |
+| clip-vit-b-32-depicts, clip-vit-g-14-depicts | | as without "-depicts", "A photo depicts" before each caption: GigaGAN, DMD2 |
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Tower:
             the protocol says.
         rounded: whether the published matrices are float16 numbers. OpenAI's are and LAION's of the same shapes are not, which
             tells the two apart. None where only one training of these shapes is in the table, or it is not known.
+        prefix: words put between the start token and each caption, or None.
         source: which files to give, for messages.
     """
 
@@ -60,6 +62,7 @@ class Tower:
     interpolation: str = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
     rounded: bool | None = None
+    prefix: str | None = None
     source: str = field(default="", compare=False)
 
     @property
@@ -131,7 +134,13 @@ def _towers() -> Iterator[Tower]:
     )
 
 
+def _depicting(tower: Tower) -> Tower:
+    """Return the tower with the captions of Hessel et al. 2021 (arXiv:2104.08718), which GigaGAN's scores have too."""
+    return dataclasses.replace(tower, name=f"{tower.name}-depicts", prefix="A photo depicts")
+
+
 TOWERS: dict[str, Tower] = {tower.name: tower for tower in _towers()}
+TOWERS |= {tower.name: tower for tower in map(_depicting, (TOWERS["clip-vit-b-32"], TOWERS["clip-vit-g-14"]))}
 
 
 def tower_of(folder: Path, name: str) -> Tower:

@@ -63,6 +63,7 @@ class ImageReward(nn.Module):
         name: "image-reward"; with random weights a name that says INVALID.
         fingerprint: hex sha256 of the weights in use.
         size: side of the images, pixels.
+        dim: length of the vector that becomes the score.
     """
 
     channels = 3
@@ -70,7 +71,7 @@ class ImageReward(nn.Module):
     def __init__(self, network: RewardNetwork, tokens: Tokens, name: str = "image-reward") -> None:
         super().__init__()
         self.network, self.tokens, self.name = network.eval().requires_grad_(False), tokens, name
-        self.size = network.shape.size
+        self.size, self.dim = network.shape.size, network.shape.text_width
         self.normalise = Normalise(self.size, OPENAI_MEAN, OPENAI_STD)
         self.fingerprint = weights_fingerprint(network)
 
@@ -101,12 +102,12 @@ class ImageReward(nn.Module):
         return cls(network, tokens)
 
     @classmethod
-    def random(cls, seed: int, vocabulary: str | Path, shape: BlipShape = BlipShape()) -> ImageReward:
-        """Return the score with random weights, for tests."""
+    def random(cls, seed: int, shape: BlipShape = BlipShape()) -> ImageReward:
+        """Return the score with random weights, for tests; the letters of a caption stand in for its words."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = RewardNetwork(shape)
-        return cls(network, bert_tokens(Path(vocabulary), shape.num_words - 2), f"image-reward-random-{seed}-INVALID")
+        return cls(network, letter_tokens, f"image-reward-random-{seed}-INVALID")
 
 
 # Words
@@ -144,6 +145,13 @@ def bert_tokens(vocabulary: Path, num_words: int) -> Tokens:
         return torch.tensor([row.ids for row in encoded]), torch.tensor([row.attention_mask for row in encoded]).bool()
 
     return tokens
+
+
+def letter_tokens(captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Return one token for each of the first 35 bytes of the captions, in the form of `bert_tokens`."""
+    rows = [list(caption.encode()[:NUM_TOKENS]) for caption in captions]
+    ids = torch.tensor([row + [0] * (NUM_TOKENS - len(row)) for row in rows])
+    return ids, torch.arange(NUM_TOKENS) < torch.tensor([[max(1, len(row))] for row in rows])
 
 
 # The network, in the names of ImageReward.pt

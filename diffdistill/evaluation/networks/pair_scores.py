@@ -47,7 +47,7 @@ class PickScore(nn.Module):
     """PickScore, to be had from `load` or `random`.
 
     Attributes:
-        name, fingerprint, size: of the tower, see `Clip`.
+        name, fingerprint, size, dim: of the tower, see `Clip`.
     """
 
     channels = 3
@@ -55,7 +55,7 @@ class PickScore(nn.Module):
     def __init__(self, tower: Clip) -> None:
         super().__init__()
         self.tower = tower
-        self.name, self.fingerprint, self.size = tower.name, tower.fingerprint, tower.size
+        self.name, self.fingerprint, self.size, self.dim = tower.name, tower.fingerprint, tower.size, tower.dim
 
     def scores(self, images: Tensor, captions: list[str]) -> Tensor:
         """Return exp(logit_scale) cos(image, caption), float32 (B,), higher is better.
@@ -82,7 +82,7 @@ class Hps(nn.Module):
 
     Attributes:
         name: "hps-v2.0" or "hps-v2.1".
-        fingerprint, size: of the tower, see `Clip`.
+        fingerprint, size, dim: of the tower, see `Clip`.
     """
 
     channels = 3
@@ -90,7 +90,7 @@ class Hps(nn.Module):
     def __init__(self, tower: Clip) -> None:
         super().__init__()
         self.tower = tower
-        self.name, self.fingerprint, self.size = tower.name, tower.fingerprint, tower.size
+        self.name, self.fingerprint, self.size, self.dim = tower.name, tower.fingerprint, tower.size, tower.dim
 
     def scores(self, images: Tensor, captions: list[str]) -> Tensor:
         """Return 100 cos(image, caption), float32 (B,), higher is better: the scale of the benchmark's tables, about 25 to 30.
@@ -127,7 +127,7 @@ class Aesthetic(nn.Module):
     Attributes:
         name: "aesthetic".
         fingerprint: hex sha256 of the weights of tower and head together.
-        size: side of the images, pixels.
+        size, dim: of the tower, see `Clip`.
     """
 
     channels = 3
@@ -135,7 +135,7 @@ class Aesthetic(nn.Module):
     def __init__(self, tower: Clip, head: nn.Module, name: str = "aesthetic") -> None:
         super().__init__()
         self.tower, self.head = tower, head.eval().requires_grad_(False)
-        self.name, self.size = name, tower.size
+        self.name, self.size, self.dim = name, tower.size, tower.dim
         self.fingerprint = weights_fingerprint(nn.ModuleList([tower.network, head]))
 
     def scores(self, images: Tensor, captions: list[str]) -> Tensor:

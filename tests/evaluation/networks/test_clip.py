@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.features import SHAPES_FOLDER, strict_float32
-from diffdistill.evaluation.networks.clip import GIGAGAN_PREFIX, Clip, clip_tokenizer, prefixed_tokens
+from diffdistill.evaluation.networks.clip import Clip, clip_tokenizer
 from diffdistill.evaluation.networks.clip_towers import TOWERS
 from diffdistill.evaluation.networks.normalise import Normalise
 
@@ -53,7 +53,7 @@ def test_a_tower_is_what_open_clip_builds_for_the_tag(name, theirs, tag):
 
 
 def test_every_tower_is_in_the_test_above():
-    assert len(TOWERS) == 9
+    assert len([name for name in TOWERS if not name.endswith("-depicts")]) == 9
 
 
 # The computation
@@ -108,26 +108,30 @@ def test_tokens_with_a_prefix_are_those_of_gigagan():
     middle = tokenizer(["A photo depicts "])[:, 1:4].expand(3, -1)
     expected = torch.cat([tokens[:, :1], middle, tokens[:, 1:]], 1)[:, :77]
     expected[:, -1][expected[:, -1] > 0] = 49407
-    found = prefixed_tokens(tokenizer, CAPTIONS, GIGAGAN_PREFIX)
+    found = clip_tokenizer(77, "A photo depicts")(CAPTIONS)
     assert torch.equal(found, expected)
     assert found[0, :6].tolist() == [49406, *tokenizer.encode("a photo depicts a"), tokenizer.encode("dog")[0]]
     assert (found == 49407).sum(1).tolist() == [1, 1, 1] and found[2, -1] == 49407
 
 
 def test_the_end_token_is_kept_where_gigagan_loses_it():
-    tokens = prefixed_tokens(clip_tokenizer(), ["dog " * 72 + "! ! !"], GIGAGAN_PREFIX)
-    assert tokens[0, -1] == 49407
+    assert clip_tokenizer(77, "A photo depicts")(["dog " * 72 + "! ! !"])[0, -1] == 49407
 
 
-def test_a_prefix_is_words_before_the_caption():
-    clip = Clip.random(0, OPENAI)
-    assert torch.equal(clip.texts(["a dog"], GIGAGAN_PREFIX), clip.texts(["a photo depicts a dog"]))
-    assert not torch.allclose(clip.texts(["a dog"], GIGAGAN_PREFIX), clip.texts(["a dog"]))
+def test_a_tower_that_depicts_reads_the_words_before_each_caption(tmp_path):
+    torch.save(network(OPENAI).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    plain = Clip.load(tmp_path / "open_clip_pytorch_model.bin", OPENAI)
+    depicts = Clip.load(tmp_path / "open_clip_pytorch_model.bin", dataclasses.replace(OPENAI, prefix="A photo depicts"))
+    assert torch.equal(depicts.texts(["a dog"]), plain.texts(["a photo depicts a dog"]))
+    assert not torch.allclose(depicts.texts(["a dog"]), plain.texts(["a dog"]))
+    assert torch.equal(depicts(images()).features, plain(images()).features)
 
 
-def test_a_prefix_needs_clips_own_tokenizer():
-    with pytest.raises(UserError, match="'A photo depicts'.*Leave the prefix out"):
-        Clip.from_folder(SHAPES_FOLDER, "shapes-clip").texts(["a small red circle"], GIGAGAN_PREFIX)
+@pytest.mark.parametrize("name", ["clip-vit-b-32", "clip-vit-g-14"])
+def test_the_towers_of_gigagan_and_dmd2_differ_from_their_namesakes_in_captions_alone(name):
+    depicts = TOWERS[f"{name}-depicts"]
+    assert depicts == dataclasses.replace(TOWERS[name], name=f"{name}-depicts", prefix="A photo depicts")
+    assert depicts.source == TOWERS[name].source
 
 
 # Files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -218,11 +219,13 @@ def test_a_file_of_another_network_is_refused(network, vocabulary, tmp_path):
             ImageReward.load(tmp_path / name, vocabulary, SHAPE)
 
 
-def test_random_weights_depend_on_their_seed_alone_and_are_named_invalid(vocabulary):
+def test_random_weights_depend_on_their_seed_alone_and_are_named_invalid():
     before = torch.get_rng_state()
-    first, again, other = (ImageReward.random(seed, vocabulary, SHAPE) for seed in (0, 0, 1))
+    first, again, other = (ImageReward.random(seed, dataclasses.replace(SHAPE, num_words=300)) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.name == "image-reward-random-0-INVALID"
+    scores = first.scores(images(), ["a dog", "a cat", ""])
+    assert scores.isfinite().all() and not torch.equal(scores, first.scores(images(), ["a cat"] * 3))
     with pytest.raises(UserError, match="3 images but 1 captions"):
         first.scores(images(), ["a dog"])
