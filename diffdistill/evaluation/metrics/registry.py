@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from diffdistill.evaluation.metrics.captions import ClipScoreMetric, ObeyedMetric
+import dataclasses
+
+from diffdistill.evaluation.metrics.captions import ClipScale, ClipScoreMetric, MeanScoreMetric, ObeyedMetric
 from diffdistill.evaluation.metrics.frechet import FrechetMetric, SpatialFrechetMetric
 from diffdistill.evaluation.metrics.inception_score import InceptionScoreMetric
 from diffdistill.evaluation.metrics.kernel import CmmdMetric, KernelMetric
@@ -27,4 +29,23 @@ METRICS: dict[str, Metric] = {
     "pixels": PixelMetric(),
     "obeyed": ObeyedMetric(),
     "clip_score": ClipScoreMetric(),
+    "pickscore": MeanScoreMetric("pickscore", "pickscore"),
+    "hps_v2.0": MeanScoreMetric("hps_v2.0", "hps-v2.0"),
+    "hps_v2.1": MeanScoreMetric("hps_v2.1", "hps-v2.1"),
+    "aesthetic": MeanScoreMetric("aesthetic", "aesthetic"),
+    "image_reward": MeanScoreMetric("image_reward", "image-reward"),
 }
+
+
+def metric_of(name: str, clip_scale: ClipScale, logit_scale: float | None) -> Metric:
+    """Return the metric of that name, the CLIP score on the scale of a protocol.
+
+    Args:
+        name: a key of METRICS.
+        clip_scale: of the protocol.
+        logit_scale: of the network of the view, None where it has none.
+    """
+    metric = METRICS[name]
+    if isinstance(metric, ClipScoreMetric):
+        return dataclasses.replace(metric, scale=clip_scale, logit_scale=logit_scale)
+    return metric

@@ -111,8 +111,15 @@ class SampleSum:
 class Metric(typing.Protocol):
     """Named values of a sample against a reference; `needs` lists the fields of `Sample` that must not be None."""
 
-    needs: frozenset[str]
-    absolute: bool  # True: the reference is not used, so the same figure of the reference can stand beside it
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Sample`."""
+        ...
+
+    @property
+    def absolute(self) -> bool:
+        """True: the reference is not used, so the same figure of the reference can stand beside it."""
+        ...
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return the values by name; `seed` fixes every random choice of the metric."""
