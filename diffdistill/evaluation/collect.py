@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.shapes import parse_captions
-from diffdistill.evaluation.features import FeatureExtractor, Features, ScoringExtractor, TextExtractor
+from diffdistill.evaluation.features import DiversityExtractor, FeatureExtractor, Features, ScoringExtractor, TextExtractor
 from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
 from diffdistill.evaluation.metrics.sample import Sample
 from diffdistill.evaluation.moments import Moments
@@ -37,15 +37,16 @@ class Collector:
     differently, and the result would then depend on how the generator was batched.
     """
 
-    def __init__(self, views: Sequence[Seen], groups: Tensor):
+    def __init__(self, views: Sequence[Seen], groups: Tensor, per_prompt: int = 1):
         """Prepare for len(groups) images.
 
         Args:
             views: how they are seen.
             groups: int64 (N,), the jackknife group of each image, numbered from 0.
+            per_prompt: neighbouring images that share a prompt; they are always seen together.
         """
-        self.groups = groups
-        self.views = [_ViewCollector(view, int(groups.max()) + 1) for view in views]
+        self.groups, self.per_prompt = groups, per_prompt
+        self.views = [_ViewCollector(view, int(groups.max()) + 1, per_prompt) for view in views]
         self.needs = frozenset[str]().union(*(view.needs for view in views))
         self.waiting: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -74,7 +75,8 @@ class Collector:
             if "obeyed" in self.needs:
                 self.obeyed.append(torch.stack(obeyed(images.cpu(), parse_captions(list(asked))), 1))
         self.waiting.append(images)
-        block = max(1, min(IMAGES_PER_BLOCK, PIXELS_PER_BLOCK // (images.shape[2] * images.shape[3])))
+        block = min(IMAGES_PER_BLOCK, PIXELS_PER_BLOCK // (images.shape[2] * images.shape[3]))
+        block = max(1, block // self.per_prompt) * self.per_prompt
         if sum(map(len, self.waiting)) >= block:
             waiting = torch.cat(self.waiting)
             while len(waiting) >= block:
@@ -102,9 +104,9 @@ class Collector:
 class _ViewCollector:
     """What one view has seen so far."""
 
-    def __init__(self, view: Seen, num_groups: int):
+    def __init__(self, view: Seen, num_groups: int, per_prompt: int):
         self.transform, self.extractor, self.needs = view
-        self.num_groups = num_groups
+        self.num_groups, self.per_prompt = num_groups, per_prompt
         self.moments: dict[str, Moments] = {}
         self.kept: dict[str, list[Tensor]] = {}
 
@@ -117,6 +119,8 @@ class _ViewCollector:
             self._keep("texts", self.extractor.texts(captions))
         if captions is not None and "scores" in self.needs and isinstance(self.extractor, ScoringExtractor):
             self._keep("scores", self.extractor.scores(images, captions))
+        if "diversity" in self.needs and isinstance(self.extractor, DiversityExtractor):
+            self._keep("diversity", self.extractor.diversity(images.unflatten(0, (-1, self.per_prompt))))
 
     def _take(self, found: Features, groups: Tensor) -> None:
         for name, values in (("moments", found.features), ("spatial", found.spatial)):

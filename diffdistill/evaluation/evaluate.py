@@ -21,11 +21,9 @@ from torch import Tensor
 from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Collector
 from diffdistill.evaluation.images import to_uint8
-from diffdistill.evaluation.metrics.registry import METRICS
 from diffdistill.evaluation.metrics.sample import SampleSum, Value
 from diffdistill.evaluation.parts import IMAGES_PER_PART, Part, PartFiles, Range, Times, ranges
 from diffdistill.evaluation.protocol import Protocol
-from diffdistill.evaluation.reference import NONE
 from diffdistill.evaluation.result import Cost, Evaluation, Summary, stacked, versions
 from diffdistill.evaluation.transforms import parse_transform, transform_images
 from diffdistill.evaluation.views import OpenView, open_views
@@ -245,11 +243,12 @@ class _PartMaker:
 
     def __init__(self, source: _Generated | _Existing, protocol: Protocol, views: Sequence[OpenView]):
         self.source, self.groups, self.seen = source, protocol.groups(), [view.seen for view in views]
+        self.per_prompt = protocol.images_per_prompt
 
     def make(self, part: Range, progress: Progress | None) -> Part:
         groups, self.source.times = self.groups[part.start : part.stop], Times()
         first = int(groups[0])
-        collector = Collector(self.seen, groups - first)
+        collector = Collector(self.seen, groups - first, self.per_prompt)
         seeing, device = 0.0, "cpu"
         for images, asked in self.source.batches(part):
             begin = time.perf_counter()
@@ -346,8 +345,7 @@ class _Scorer:
         seed, values = self.protocol.metric_seed + len(self.blocks), dict[str, Value]()
         for view, total in zip(self.views, self.sums, strict=True):
             sample = total.sample()
-            for name in view.metrics:
-                metric = METRICS[name]
+            for name, metric in view.metrics.items():
                 if missing := sample.missing(metric.needs):
                     self.skipped[name] = f"needs {' and '.join(missing)}"
                 elif not metric.absolute and (missing := view.reference.sample.missing(metric.needs)):
@@ -398,9 +396,9 @@ class _Scorer:
         found: dict[str, float] = {}
         for view in self.views:
             real = view.reference.sample
-            names = [name for name in view.metrics if METRICS[name].absolute and not real.missing(METRICS[name].needs)]
-            for name in names if self.protocol.reference != NONE else []:
-                found |= {key: value.value for key, value in METRICS[name](real, real, self.protocol.metric_seed).items()}
+            metrics = [metric for metric in view.metrics.values() if metric.absolute and not real.missing(metric.needs)]
+            for metric in metrics:
+                found |= {key: value.value for key, value in metric(real, real, self.protocol.metric_seed).items()}
         return found
 
     @contextlib.contextmanager

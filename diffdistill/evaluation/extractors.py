@@ -5,39 +5,32 @@ from __future__ import annotations
 import importlib
 import typing
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffdistill.device import usual_device
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.evaluation.features import (
-    SHAPES_FOLDER,
-    ClipExtractor,
-    DigitsExtractor,
-    FeatureExtractor,
-    Features,
-    Precision,
-    computing,
-)
+from diffdistill.evaluation.features import DigitsExtractor, FeatureExtractor, Features, Precision, computing
 from diffdistill.evaluation.images import check_uint8_images
 from diffdistill.evaluation.protocol import View
 from diffdistill.evaluation.resize import ResizeKind, resize
 
 IMAGES_PER_PASS = 50
+SHAPES_FOLDER = Path(__file__).parents[1] / "assets" / "shapes-clip"
 
 
 class FeatureNetwork(typing.Protocol):
-    """A network of images that have its size already: float32 (B, 3, size, size) in [0, 255] to `Features`."""
+    """A network of images that have its size already, float32 (B, 3, size, size) in [0, 255].
+
+    Called with them it returns `Features`, where it has any. Others of its methods make more of it: `texts(captions)`,
+    `scores(images, captions)`, `diversity(images)`; see the extractors of those names.
+    """
 
     name: str
     fingerprint: str
-    dim: int
-    size: int
-
-    def __call__(self, images: Tensor) -> Features:
-        """Return the features of the images."""
-        ...
+    size: int | None  # None for any
 
     def to(self, device: torch.device) -> FeatureNetwork:
         """Return the network on a device."""
@@ -47,27 +40,39 @@ class FeatureNetwork(typing.Protocol):
 class NetworkExtractor:
     """A feature network behind a resize, in a stated precision: uint8 images of any size to features.
 
-    Grey images become RGB. The network sees IMAGES_PER_PASS images at a time, however many it is given.
+    Grey images become RGB. The network sees `images_per_pass` images at a time, however many it is given.
+
+    Attributes:
+        logit_scale: what a CLIP multiplied its cosines by in training, None of other networks.
     """
 
     channels = None
     size = None
 
-    def __init__(self, network: FeatureNetwork, resize: ResizeKind, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        resize: ResizeKind,
+        precision: Precision,
+        device: torch.device,
+        images_per_pass: int = IMAGES_PER_PASS,
+    ) -> None:
         self.network: typing.Any = network.to(device)
-        self.resize, self.precision, self.device = resize, precision, device
-        self.name, self.fingerprint, self.dim = network.name, network.fingerprint, network.dim
+        self.resize, self.precision, self.device, self.images_per_pass = resize, precision, device, images_per_pass
+        self.name, self.fingerprint = network.name, network.fingerprint
+        self.dim: int = getattr(network, "dim", 0)
+        self.logit_scale: float | None = getattr(network, "logit_scale", None)
 
     def __call__(self, images: Tensor) -> Features:
         """Return the features of uint8 images (B, 1 or 3, H, W), float32."""
         with computing(self.precision):
-            passes = [self.network(self._seen(part)) for part in images.split(IMAGES_PER_PASS)]
+            passes = [self.network(self._seen(part)) for part in images.split(self.images_per_pass)]
         fields = zip(*passes, strict=True)
         return Features(*(None if parts[0] is None else torch.cat(parts).float() for parts in fields))
 
     def _seen(self, images: Tensor) -> Tensor:
         check_uint8_images(images)
-        size = (self.network.size, self.network.size)
+        size = tuple(images.shape[-2:]) if self.network.size is None else (self.network.size, self.network.size)
         return resize(images.to(self.device), size, self.resize).float().expand(-1, 3, -1, -1)
 
 
@@ -85,19 +90,38 @@ class PairExtractor(NetworkExtractor):
 
     def scores(self, images: Tensor, captions: list[str]) -> Tensor:
         """Return the score of each of the uint8 images (B, 1 or 3, H, W), float32 (B,)."""
-        starts = range(0, len(images), IMAGES_PER_PASS)
+        parts = [slice(k, k + self.images_per_pass) for k in range(0, len(images), self.images_per_pass)]
         with computing(self.precision):
-            return torch.cat(
-                [
-                    self.network.scores(self._seen(images[k : k + IMAGES_PER_PASS]), captions[k : k + IMAGES_PER_PASS]).float()
-                    for k in starts
-                ]
-            )
+            return torch.cat([self.network.scores(self._seen(images[part]), captions[part]).float() for part in parts])
 
 
-def shapes_clip(device: str | torch.device = "cpu") -> ClipExtractor:
+class SpreadExtractor(NetworkExtractor):
+    """A `NetworkExtractor` whose network compares the images of a prompt."""
+
+    def diversity(self, images: Tensor) -> Tensor:
+        """Return the diversity of each prompt's K uint8 images (P, K, 1 or 3, H, W), float32 (P,)."""
+        prompts_per_pass = max(1, self.images_per_pass // images.shape[1])
+        with computing(self.precision):
+            return torch.cat([self.network.diversity(self._spread(part)).float() for part in images.split(prompts_per_pass)])
+
+    def _spread(self, images: Tensor) -> Tensor:
+        return self._seen(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+
+def shapes_clip(device: str | torch.device = "cpu") -> ReadingExtractor:
     """Return the embedded CLIP of the shapes. No training may use it."""
-    return ClipExtractor(SHAPES_FOLDER, "shapes-clip", device)
+    return open_clip_folder(SHAPES_FOLDER, "shapes-clip", device)
+
+
+def open_clip_folder(folder: str | Path, name: str, device: str | torch.device = "cpu") -> ReadingExtractor:
+    """Return a CLIP in open_clip's format, from a folder, for images of its own size.
+
+    Raises:
+        UserError: the folder lacks its configuration, its weights or its tokenizer, or they do not fit.
+    """
+    from diffdistill.evaluation.networks.clip import Clip
+
+    return ReadingExtractor(Clip.from_folder(folder, name), "identity", "float32", torch.device(device), images_per_pass=500)
 
 
 EMBEDDED: dict[str, Callable[..., FeatureExtractor]] = {"digits": DigitsExtractor, "shapes-clip": shapes_clip}
@@ -174,5 +198,6 @@ def _imported(place: str) -> typing.Any:
 
 
 def _wrapped(network: FeatureNetwork, view: View, device: torch.device) -> FeatureExtractor:
-    kind = PairExtractor if hasattr(network, "scores") else ReadingExtractor if hasattr(network, "texts") else NetworkExtractor
+    kinds = {"scores": PairExtractor, "texts": ReadingExtractor, "diversity": SpreadExtractor}
+    kind = next((kind for method, kind in kinds.items() if hasattr(network, method)), NetworkExtractor)
     return kind(network, view.resize, view.precision, device)

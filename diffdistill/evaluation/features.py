@@ -11,12 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffdistill.errors import UserError
 from diffdistill.evaluation.images import check_uint8_images
 from diffdistill.models.fingerprint import weights_fingerprint
 
 Precision = typing.Literal["float32", "tf32", "float16", "bfloat16"]
-SHAPES_FOLDER = Path(__file__).parents[1] / "assets" / "shapes-clip"
 DIGITS_FOLDER = Path(__file__).parents[1] / "assets" / "digits-classifier"
 
 
@@ -93,43 +91,13 @@ class ScoringExtractor(FeatureExtractor, typing.Protocol):
         ...
 
 
-class ClipExtractor:
-    """A CLIP in open_clip's format, from a folder: image vectors before they are scaled to unit length, and caption vectors.
+@typing.runtime_checkable
+class DiversityExtractor(FeatureExtractor, typing.Protocol):
+    """An extractor that says how much the images of one prompt differ among themselves."""
 
-    Images must have the size the network takes: nothing is resized here.
-    """
-
-    channels = 3
-
-    def __init__(self, folder: str | Path, name: str, device: str | torch.device = "cpu"):
-        import open_clip
-
-        self.name, self.device = name, torch.device(device)
-        source = f"local-dir:{folder}"
-        try:
-            model = open_clip.create_model(source, device=self.device, require_pretrained=True)  # else it is random in silence
-            self.tokenizer = open_clip.get_tokenizer(source)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder} is no readable folder of open_clip: {error}") from error
-        self.network: typing.Any = model.float().eval().requires_grad_(False)
-        size = self.network.visual.image_size
-        self.size = size[0] if isinstance(size, tuple) else size
-        self.dim = self.network.text_projection.shape[1]
-        self.fingerprint = weights_fingerprint(self.network)
-        visual = self.network.visual
-        mean, std = (torch.tensor(value, device=self.device)[:, None, None] for value in (visual.image_mean, visual.image_std))
-        self._scale, self._shift = 1 / (255 * std), mean / std
-
-    def __call__(self, images: Tensor) -> Features:
-        """Return image vectors, float32 (B, d), of uint8 images (B, 3, size, size)."""
-        check_uint8_images(images, self.channels, self.size)
-        with strict_float32():
-            return Features(self.network.encode_image(images.to(self.device).float() * self._scale - self._shift))
-
-    def texts(self, captions: list[str]) -> Tensor:
-        """Return caption vectors, float32 (B, d)."""
-        with strict_float32():
-            return self.network.encode_text(self.tokenizer(captions).to(self.device))
+    def diversity(self, images: Tensor) -> Tensor:
+        """Return the diversity of each prompt's K uint8 images (P, K, C, H, W), float32 (P,)."""
+        ...
 
 
 class DigitsExtractor:

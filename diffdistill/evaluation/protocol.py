@@ -15,6 +15,7 @@ from diffdistill.data.shapes import draw_scenes
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.features import Precision
 from diffdistill.evaluation.images import Uint8Rule
+from diffdistill.evaluation.metrics.captions import ClipScale
 from diffdistill.evaluation.metrics.registry import METRICS
 from diffdistill.evaluation.prompt_sets import PromptSet
 from diffdistill.evaluation.resize import ResizeKind
@@ -57,6 +58,16 @@ class View(_Frozen):
                 raise unknown_name("metric", name, METRICS)
         return names
 
+    @model_validator(mode="after")
+    def _metrics_of_one_network(self) -> View:
+        for name in self.metrics:
+            network = getattr(METRICS[name], "network", self.extractor)
+            if network != self.extractor:
+                raise ValueError(
+                    f"metric {name!r} is what extractor {network!r} says of images; it cannot be had of {self.extractor!r}."
+                )
+        return self
+
     @property
     def seeing(self) -> dict[str, object]:
         """Return the fields that decide the features of an image."""
@@ -92,9 +103,7 @@ class Protocol(_Frozen):
         "mean",
         description="over blocks of seeds: the mean of each value, or the values of the block with the lowest first metric",
     )
-    clip_scale: Literal["cos", "100cos", "logit", "hessel"] = Field(
-        "100cos", description="unit of the CLIP score, see metrics.captions"
-    )
+    clip_scale: ClipScale = Field("100cos", description="unit of the CLIP score, see metrics.captions")
     jackknife_groups: int = Field(ge=2, description="groups of images for the error of the Frechet distance")
     metric_seed: int = Field(ge=0, description="seed of the random subsets inside metrics")
     numerics: Literal[1] = Field(1, description="raised when the code of a metric starts to give other numbers")
@@ -124,6 +133,8 @@ class Protocol(_Frozen):
             yield f"jackknife_groups must be at most num_images / 2; got {self.jackknife_groups} for {self.num_images} images."
         if (self.label_rule == "prompts") != (self.prompts is not None):
             yield f"label_rule prompts goes with a file of prompts and only with one; got {self.label_rule}, prompts {self.prompts}."
+        if self.images_per_prompt < 2 and (spread := {"prompt_diversity", "lpips_diversity"} & set(names)):
+            yield f"{' and '.join(sorted(spread))} compares the images of a prompt; set images_per_prompt to two or more."
         if self.num_images % self.images_per_prompt:
             yield f"images_per_prompt={self.images_per_prompt} must divide num_images={self.num_images}."
 

@@ -12,7 +12,8 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Seen
 from diffdistill.evaluation.extractors import open_extractor
 from diffdistill.evaluation.features import FeatureExtractor
-from diffdistill.evaluation.metrics.registry import METRICS
+from diffdistill.evaluation.metrics.registry import metric_of
+from diffdistill.evaluation.metrics.sample import Metric
 from diffdistill.evaluation.protocol import Protocol, View
 from diffdistill.evaluation.reference import Reference, check_reference, reference_for
 from diffdistill.evaluation.transforms import parse_transform
@@ -26,18 +27,18 @@ class OpenView:
         view: of the protocol.
         extractor: sees the images.
         reference: what it saw of the real images.
-        metrics: those of the view that are asked for.
+        metrics: those of the view that are asked for, by name.
     """
 
     view: View
     extractor: FeatureExtractor
     reference: Reference
-    metrics: tuple[str, ...]
+    metrics: Mapping[str, Metric]
 
     @property
     def seen(self) -> Seen:
         """How the images are seen, and what is kept of it."""
-        needs = frozenset[str]().union(*(METRICS[name].needs for name in self.metrics))
+        needs = frozenset[str]().union(*(metric.needs for metric in self.metrics.values()))
         return Seen(parse_transform(self.view.transforms), self.extractor, needs)
 
 
@@ -73,5 +74,7 @@ def open_views(
             extractor = (extractors or {}).get(view.extractor) or open_extractor(view, device, weights)
             reference = (references or {}).get(view.extractor) or reference_for(protocol, view, extractor, cache)
             check_reference(reference, protocol, view, extractor)
-            opened.append(OpenView(view, extractor, reference, wanted))
+            logit_scale = getattr(extractor, "logit_scale", None)
+            chosen = {name: metric_of(name, protocol.clip_scale, logit_scale, protocol.images_per_prompt) for name in wanted}
+            opened.append(OpenView(view, extractor, reference, chosen))
     return opened

@@ -117,6 +117,8 @@ def test_jackknife_groups_are_neighbours_so_each_holds_all_classes():
         ({"label_rule": "prompts"}, "file of prompts"),
         ({"prompts": {"file": "p.txt"}}, "file of prompts"),
         ({"images_per_prompt": 3}, "must divide"),
+        ({"views": [{"extractor": "digits", "metrics": ["prompt_diversity"]}]}, "images_per_prompt to two or more"),
+        ({"views": [{"extractor": "digits", "metrics": ["aesthetic"]}]}, "cannot be had of 'digits'"),
     ],
 )
 def test_impossible_protocols_are_refused(fields, message):
@@ -124,9 +126,10 @@ def test_impossible_protocols_are_refused(fields, message):
         changed(**fields)
 
 
-def test_every_metric_is_usable_by_name():
-    for name in METRICS:
-        assert seen([name]).metrics == (name,)
+def test_every_metric_is_usable_by_name_behind_its_own_network():
+    for name, metric in METRICS.items():
+        network = getattr(metric, "network", "digits")
+        assert changed(images_per_prompt=2, views=[{"extractor": network, "metrics": [name]}]).metrics == (name,)
 
 
 def test_a_frozen_protocol_cannot_change():

@@ -15,8 +15,8 @@ from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_images, draw_scenes, parse_captions, shapes
 from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Collector, Seen
-from diffdistill.evaluation.extractors import shapes_clip
-from diffdistill.evaluation.features import CallableExtractor, ClipExtractor
+from diffdistill.evaluation.extractors import open_clip_folder, shapes_clip
+from diffdistill.evaluation.features import CallableExtractor
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.evaluation.shapes_detector import obeyed
 from diffdistill.evaluation.transforms import Transform
@@ -164,7 +164,7 @@ def test_open_clip_loads_what_was_trained(trained) -> None:
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{trained / 'clip'}")
     stored = load_file(str(trained / "clip" / "open_clip_model.safetensors"))
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
-    extractor = ClipExtractor(trained / "clip", "shapes-clip")
+    extractor = open_clip_folder(trained / "clip", "shapes-clip")
     drawn = shapes(3)
     images = to_uint8(drawn.images)
     from torchvision.transforms.functional import to_pil_image
@@ -231,7 +231,7 @@ def test_the_protocol_scores_captions_and_knows_the_drawn_images(trained, monkey
             ]
         )
 
-    views = open_views(protocol, extractors={"shapes-clip": ClipExtractor(trained / "clip", "shapes-clip")})
+    views = open_views(protocol, extractors={"shapes-clip": open_clip_folder(trained / "clip", "shapes-clip")})
     found = evaluate(drawer, protocol, batch_size=25, views=views)
     assert asked == protocol.asked(0) and len(set(asked)) > 40
     assert found.mean("obeyed_shapes") == 1.0 and found.mean("obeyed") == pytest.approx(2 / 3, abs=0.02)
@@ -247,7 +247,7 @@ def test_a_folder_without_a_clip_or_without_its_weights_is_one_clear_message(tra
     (tmp_path / "empty").mkdir()
     for name in ("empty", "bare"):
         with pytest.raises(UserError, match="no readable folder of open_clip"):
-            ClipExtractor(tmp_path / name, "mine")
+            open_clip_folder(tmp_path / name, "mine")
 
 
 def test_captions_are_skipped_by_an_extractor_that_does_not_read() -> None:

@@ -33,7 +33,7 @@ class ObeyedMetric:
         return {name: Value(share, math.sqrt(share * (1 - share) / count)) for name, share in zip(names, shares, strict=True)}
 
 
-ClipScale = Literal["cos", "100cos", "logit", "hessel"]
+ClipScale = Literal["cos", "100cos", "100cos+", "logit", "hessel"]
 
 
 def clip_scores(images: Tensor, texts: Tensor, scale: ClipScale = "100cos", logit_scale: float | None = None) -> Tensor:
@@ -43,6 +43,7 @@ def clip_scores(images: Tensor, texts: Tensor, scale: ClipScale = "100cos", logi
     |---|---|---|
     | `cos` | cos(image, text), about 0.3 | GigaGAN, DMD2 |
     | `100cos` | 100 cos(image, text) | torchmetrics |
+    | `100cos+` | 100 max(cos(image, text), 0) | the shapes here |
     | `logit` | logit_scale cos(image, text) | Sana, the package clip-score; logit_scale is 100 of published networks, 14.3 untrained |
     | `hessel` | 2.5 max(cos(image, text), 0) | Hessel et al. 2021, Eq. 1 |
 
@@ -61,6 +62,8 @@ def clip_scores(images: Tensor, texts: Tensor, scale: ClipScale = "100cos", logi
         if logit_scale is None:
             raise UserError("clip_scale: logit needs a network that says its logit scale, and this one does not. Write 100cos.")
         return logit_scale * cosines
+    if scale == "100cos+":
+        return 100 * cosines.clamp(min=0)
     return cosines if scale == "cos" else 100 * cosines
 
 

@@ -11,6 +11,7 @@ from diffdistill.evaluation.metrics.kernel import CmmdMetric, KernelMetric
 from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetric
 from diffdistill.evaluation.metrics.neighbours import DensityCoverageMetric, PrecisionRecallMetric
 from diffdistill.evaluation.metrics.pixels import PixelMetric
+from diffdistill.evaluation.metrics.prompts import LpipsDiversityMetric, PromptSpreadMetric
 from diffdistill.evaluation.metrics.sample import Metric
 from diffdistill.evaluation.metrics.vendi import VendiMetric
 
@@ -29,6 +30,8 @@ METRICS: dict[str, Metric] = {
     "pixels": PixelMetric(),
     "obeyed": ObeyedMetric(),
     "clip_score": ClipScoreMetric(),
+    "prompt_diversity": PromptSpreadMetric(),
+    "lpips_diversity": LpipsDiversityMetric(),
     "pickscore": MeanScoreMetric("pickscore", "pickscore"),
     "hps_v2.0": MeanScoreMetric("hps_v2.0", "hps-v2.0"),
     "hps_v2.1": MeanScoreMetric("hps_v2.1", "hps-v2.1"),
@@ -37,15 +40,18 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def metric_of(name: str, clip_scale: ClipScale, logit_scale: float | None) -> Metric:
-    """Return the metric of that name, the CLIP score on the scale of a protocol.
+def metric_of(name: str, clip_scale: ClipScale = "100cos", logit_scale: float | None = None, per_prompt: int = 1) -> Metric:
+    """Return the metric of that name as a protocol wants it.
 
     Args:
         name: a key of METRICS.
         clip_scale: of the protocol.
         logit_scale: of the network of the view, None where it has none.
+        per_prompt: neighbouring images that share a prompt.
     """
     metric = METRICS[name]
     if isinstance(metric, ClipScoreMetric):
         return dataclasses.replace(metric, scale=clip_scale, logit_scale=logit_scale)
+    if isinstance(metric, PromptSpreadMetric):
+        return dataclasses.replace(metric, per_prompt=per_prompt)
     return metric

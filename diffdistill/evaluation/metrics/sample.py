@@ -47,6 +47,7 @@ class Sample:
         obeyed: bool (N, 4), the parts of its caption that an image obeys, see `shapes_detector.Obeyed`.
         spatial: moments of the extractor's spatial features, in the same groups.
         scores: float32 (N,), of an extractor that scores images with their captions.
+        diversity: float32 (P,), of the images of each of P prompts, of an extractor that compares them.
     """
 
     moments: Moments | None = None
@@ -58,6 +59,7 @@ class Sample:
     obeyed: Tensor | None = None
     spatial: Moments | None = None
     scores: Tensor | None = None
+    diversity: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that is there as tensors by name, moments as NAME.FIELD."""

@@ -75,13 +75,15 @@ class Clip(nn.Module):
         return self.network.encode_text(self.tokenizer(captions).to(self.normalise.scale.device))
 
     @classmethod
-    def load(cls, path: str | Path, tower: Tower) -> Clip:
-        """Read the weights of a tower from a file, or from a folder of open_clip or transformers; nothing is downloaded.
+    def load(cls, path: str | Path, tower: Tower | str) -> Clip:
+        """Read the weights of a tower, or of TOWERS by name, from a file, or a folder of open_clip or transformers.
+
+        Nothing is downloaded.
 
         Raises:
             UserError: the file is absent, damaged or of another network, or the folder says that it is of another network.
         """
-        path = Path(path)
+        path, tower = Path(path), TOWERS[tower] if isinstance(tower, str) else tower
         if path.is_dir():
             check_folder(path, tower)
         return cls(_read(path, tower), tower, clip_tokenizer(tower.text["context_length"], tower.prefix))
@@ -98,8 +100,9 @@ class Clip(nn.Module):
         return cls(_read(folder, tower), tower, _tokenizer_in(folder))
 
     @classmethod
-    def random(cls, seed: int, tower: Tower = TOWERS["clip-vit-b-32"]) -> Clip:
+    def random(cls, seed: int, tower: Tower | str = "clip-vit-b-32") -> Clip:
         """Return a network of random weights for tests: its scores mean nothing, and its name says so."""
+        tower = TOWERS[tower] if isinstance(tower, str) else tower
         tokenizer = clip_tokenizer(tower.text["context_length"], tower.prefix)
         return cls(_build(tower, seed), tower, tokenizer, f"{tower.name}-random-{seed}-INVALID")
 

@@ -14,7 +14,8 @@ from small_clips import HUGE, LAION, OPENAI, images, network, transformers_clip,
 from torch.nn import functional as F
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.features import SHAPES_FOLDER, strict_float32
+from diffdistill.evaluation.extractors import SHAPES_FOLDER
+from diffdistill.evaluation.features import strict_float32
 from diffdistill.evaluation.networks.clip import Clip, clip_tokenizer
 from diffdistill.evaluation.networks.clip_towers import TOWERS
 from diffdistill.evaluation.networks.normalise import Normalise
