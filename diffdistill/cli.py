@@ -376,6 +376,26 @@ def list_(what: Literal["methods", "teachers", "recipes", "protocols", "families
     return 0
 
 
+@app.command(sort_key=10)
+def selfcheck(
+    *, protocol: str | None = None, images: Path | None = None, weights: str | None = None, json: Json = False
+) -> int:
+    """Compare what this machine computes for an evaluation with answers that are known. Exit status 1 where one differs.
+
+    Args:
+        protocol: also open the weights and the reference of this protocol.
+        images: its real images: they must be nearly zero away from the reference.
+        weights: of the feature networks, as for eval.
+    """
+    from diffdistill.listing import columns
+    from diffdistill.selfcheck import selfcheck as run
+
+    found = run(protocol, images, weights)
+    rows = [{"check": check.name, "status": "ok" if check.passed else "FAILED", "found": check.detail} for check in found]
+    _print_json(rows) if json else print(columns(rows))
+    return 0 if all(check.passed for check in found) else MACHINE
+
+
 @app.command(sort_key=11)
 def doctor(*, json: Json = False) -> int:
     """Show versions, device, kernels, threads and disk, and check the shipped models."""
