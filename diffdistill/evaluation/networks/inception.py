@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.features import Features
+from diffdistill.evaluation.networks.state_dict import form, read_state_dict
 from diffdistill.models.fingerprint import weights_fingerprint
 
 SIZE = 299
@@ -229,13 +228,12 @@ class Inception(nn.Module):
         Raises:
             UserError: there is no such file, it is damaged, or it holds something else.
         """
-        path = Path(path)
-        stored = _read(path)
+        stored = read_state_dict(path, WANTED)
         network = cls(scaling)
         wanted = dict((TORCHSCRIPT if "layers.conv.weight" in stored else STATE_DICT).parts(network))
-        wrong = [name for name, part in wanted.items() if _form(stored.get(name)) != _form(part)]
+        wrong = [name for name, part in wanted.items() if form(stored.get(name)) != form(part)]
         if wrong:
-            first = f"{wrong[0]} is {_form(stored.get(wrong[0]))}, not {_form(wanted[wrong[0]])}"
+            first = f"{wrong[0]} is {form(stored.get(wrong[0]))}, not {form(wanted[wrong[0]])}"
             raise UserError(
                 f"{path} does not hold the Inception of FID ({len(wrong)} of {len(wanted)} tensors): {first}. {WANTED}"
             )
@@ -319,33 +317,3 @@ WANTED = (
     "Give the path of inception-2015-12-05.pt (of StyleGAN and clean-fid), of pt_inception-2015-12-05-6726825d.pth (of pytorch-fid) "
     "or of weights-inception-2015-12-05-6726825d.pth (of torch-fidelity); nothing is downloaded here."
 )
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """Return the named tensors of a TorchScript module or of a pickled state dict."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}. {WANTED}")
-    try:
-        if _is_torchscript(path):
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # that TorchScript is deprecated
-                return torch.jit.load(str(path), map_location="cpu").state_dict()
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's readers meet foreign bytes with a dozen kinds of error, AssertionError among them
-        kind, size = type(error).__name__, path.stat().st_size
-        raise UserError(f"{path} ({size:,} bytes) is cut off, or no file of weights ({kind}). {WANTED}") from error
-    if not isinstance(stored, Mapping):
-        raise UserError(f"{path} holds a {type(stored).__name__} and no weights by name. {WANTED}")
-    return stored
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Tell TorchScript from a pickle; both are zip files, but only the former has constants for its code."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
-
-
-def _form(stored: object) -> str:
-    """Return shape and type of a tensor, "missing" for anything else."""
-    return f"{tuple(stored.shape)} {stored.dtype}" if isinstance(stored, Tensor) else "missing"

@@ -57,14 +57,14 @@ def fill(network: nn.Module, stored: Mapping[str, object], path: str | Path, wha
     """
     own = network.state_dict()
     names = [*own, *(name for name in stored if name not in own)]
-    wrong = [name for name in names if _form(stored.get(name)) != _form(own.get(name))]
+    wrong = [name for name in names if form(stored.get(name)) != form(own.get(name))]
     if wrong:
-        first = f"{wrong[0]} is {_form(stored.get(wrong[0]))}, not {_form(own.get(wrong[0]))}"
+        first = f"{wrong[0]} is {form(stored.get(wrong[0]))}, not {form(own.get(wrong[0]))}"
         raise UserError(f"{path} does not hold {what} ({len(wrong)} of {len(names)} tensors): {first}. {wanted}")
     network.load_state_dict(stored, assign=True)
     network.requires_grad_(False)
 
 
-def _form(stored: object) -> str:
+def form(stored: object) -> str:
     """Return shape and type of a tensor, "absent" for anything else."""
     return f"{tuple(stored.shape)} {stored.dtype}" if isinstance(stored, Tensor) else "absent"

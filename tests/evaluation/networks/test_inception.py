@@ -280,9 +280,9 @@ def test_another_network_is_refused_by_the_first_tensor_that_does_not_fit(networ
         ),
         "cut": (
             {name: value for name, value in weights.items() if "7c.branch_pool" not in name},
-            r"\(5 of 472 tensors\): Mixed_7c.branch_pool.conv.weight is missing",
+            r"\(5 of 472 tensors\): Mixed_7c.branch_pool.conv.weight is absent",
         ),
-        "other names": ({"a": torch.zeros(1)}, "Conv2d_1a_3x3.conv.weight is missing"),
+        "other names": ({"a": torch.zeros(1)}, "Conv2d_1a_3x3.conv.weight is absent"),
         "a list": ([torch.zeros(1)], "holds a list"),
     }
     for name, (stored, message) in wrong.items():
