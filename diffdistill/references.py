@@ -70,9 +70,7 @@ def make_statistics(
     else:
         opened = [Comparing(view, open_extractor(view, weights=weights), needs_of(view)) for view in views]
         made = list(zip(opened, _measured(source, chosen, opened, progress), strict=True))
-    return [
-        save_reference(reference, reference_path(chosen, each.view, each.extractor, output)) for each, reference in made
-    ]
+    return [save_reference(reference, reference_path(chosen, each.view, each.extractor, output)) for each, reference in made]
 
 
 def needs_of(view: View) -> frozenset[str]:
@@ -80,9 +78,7 @@ def needs_of(view: View) -> frozenset[str]:
     return frozenset[str]().union(*(METRICS[name].needs for name in view.metrics if not METRICS[name].absolute))
 
 
-def _measured(
-    source: str | Path, protocol: Protocol, views: Sequence[Comparing], progress: Counted | None
-) -> list[Reference]:
+def _measured(source: str | Path, protocol: Protocol, views: Sequence[Comparing], progress: Counted | None) -> list[Reference]:
     images = open_images(source, protocol.reference_transforms)
 
     def batches() -> Iterator[tuple[Tensor, Asked]]:
@@ -116,13 +112,17 @@ def _imported(
 def _import(path: Path, protocol: Protocol, each: Comparing, format: Format) -> Reference:
     view, extractor, needs = each
     if view.transforms:
-        raise UserError(f"{path}: no format of statistics is of images after {', '.join(view.transforms)}. Make them from images.")
+        raise UserError(
+            f"{path}: no format of statistics is of images after {', '.join(view.transforms)}. Make them from images."
+        )
     stored = read_statistics(path, Pipeline(view.extractor, view.resize), extractor.dim, format)
     sample = Sample(moments=_gaussian(stored), features=stored.features, spatial=_spatial(stored))
     if format == "adm" and "features" in needs:
         sample = Sample(sample.moments, _features_of(path, each), spatial=sample.spatial)
     if missing := sample.missing(needs & FEATURE_FIELDS):
-        raise UserError(f"{path} holds no {' and '.join(missing)}, which {', '.join(view.metrics)} read. Make them from images.")
+        raise UserError(
+            f"{path} holds no {' and '.join(missing)}, which {', '.join(view.metrics)} read. Make them from images."
+        )
     facts = {"count": stored.count, "source": str(path), "format": format, "source_sha256": sha256(path)}
     return Reference(sample, {**provenance(protocol, view, extractor), **facts})
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffdistill.device import usual_device
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.evaluation.features import DigitsExtractor, FeatureExtractor, Features, Precision, computing
+from diffdistill.evaluation.features import DigitsExtractor, FeatureExtractor, Features
 from diffdistill.evaluation.images import check_uint8_images
+from diffdistill.evaluation.precision import Precision, computing
 from diffdistill.evaluation.protocol import View
 from diffdistill.evaluation.resize import ResizeKind, resize
 

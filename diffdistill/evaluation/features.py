@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diffdistill.evaluation.images import check_uint8_images
+from diffdistill.evaluation.precision import strict_float32
 from diffdistill.models.fingerprint import weights_fingerprint
 
-Precision = typing.Literal["float32", "tf32", "float16", "bfloat16"]
 DIGITS_FOLDER = Path(__file__).parents[1] / "assets" / "digits-classifier"
 
 
@@ -44,33 +43,6 @@ class FeatureExtractor(typing.Protocol):
     def __call__(self, images: Tensor) -> Features:
         """Return the features of uint8 images (B, C, H, W)."""
         ...
-
-
-@contextlib.contextmanager
-def computing(precision: Precision) -> Iterator[None]:
-    """No gradients, and the arithmetic of a precision whatever was set before.
-
-    float32 is strict: no autocast and no TF32, whose products would move a Frechet distance in the third digit. float16 and
-    bfloat16 are autocast's; tf32 changes nothing on a CPU.
-    """
-    matmul = torch.get_float32_matmul_precision()
-    half = getattr(torch, precision) if precision in ("float16", "bfloat16") else None
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast("cuda", dtype=half or torch.float16, enabled=half is not None),
-            torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-
-
-def strict_float32() -> contextlib.AbstractContextManager[None]:
-    """No gradients, no autocast, no TF32."""
-    return computing("float32")
 
 
 @typing.runtime_checkable

@@ -13,10 +13,10 @@ from torch import Tensor
 from diffdistill.data.batches import keyed_generator
 from diffdistill.data.shapes import draw_scenes
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.evaluation.features import Precision
 from diffdistill.evaluation.images import Uint8Rule
 from diffdistill.evaluation.metrics.captions import ClipScale
 from diffdistill.evaluation.metrics.registry import METRICS
+from diffdistill.evaluation.precision import Precision
 from diffdistill.evaluation.prompt_sets import PromptSet
 from diffdistill.evaluation.resize import ResizeKind
 from diffdistill.evaluation.transforms import parse_transform

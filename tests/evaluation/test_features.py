@@ -5,7 +5,7 @@ import torch
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.extractors import open_extractor
-from diffdistill.evaluation.features import CallableExtractor, DigitsExtractor, strict_float32
+from diffdistill.evaluation.features import CallableExtractor, DigitsExtractor
 from diffdistill.evaluation.protocol import View
 
 DIGITS = View(extractor="digits", metrics=("fid",))
@@ -27,17 +27,6 @@ def test_autocast_around_the_extractor_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = extractor(images).features
     assert torch.equal(inside, outside)
-
-
-def test_strict_float32_restores_the_precision_it_found():
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        with strict_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def test_digits_extractor_refuses_another_size():

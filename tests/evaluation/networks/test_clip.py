@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.extractors import SHAPES_FOLDER
-from diffdistill.evaluation.features import strict_float32
 from diffdistill.evaluation.networks.clip import Clip, clip_tokenizer
 from diffdistill.evaluation.networks.clip_towers import TOWERS
 from diffdistill.evaluation.networks.normalise import Normalise
+from diffdistill.evaluation.precision import strict_float32
 
 CAPTIONS = ["a dog", "two dogs & a cat", "a " + "very " * 100 + "long caption"]
 

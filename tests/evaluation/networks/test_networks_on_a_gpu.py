@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from diffdistill.evaluation.features import strict_float32
 from diffdistill.evaluation.networks.dinov2 import DINOv2
 from diffdistill.evaluation.networks.lpips import LPIPS
 from diffdistill.evaluation.networks.vgg16 import VGG16
+from diffdistill.evaluation.precision import strict_float32
 
 pytestmark = pytest.mark.gpu
 
