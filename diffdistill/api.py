@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffdistill.doctor import doctor
 from diffdistill.errors import UserError
 from diffdistill.evaluation.compare import Comparison
 from diffdistill.evaluation.result import Evaluation
+from diffdistill.evaluation.weights import WeightStore
 from diffdistill.export.manifest import Manifest, Verification
 from diffdistill.models.conditioning import Asked
 from diffdistill.models.loading import load_teacher
@@ -38,6 +40,7 @@ __all__ = [
     "sample",
     "train_teacher",
     "verify",
+    "weight_store",
 ]
 
 IMAGES_PER_CALL = 500
@@ -261,3 +264,15 @@ def verify(folder: str | Path) -> Verification:
     from diffdistill.export import verify as check_export
 
     return check_export(folder)
+
+
+WEIGHTS = "DIFFDISTILL_WEIGHTS"
+
+
+def weight_store(folder: str | Path | None = None) -> WeightStore:
+    """Return the store of feature networks' weights, with `add`, `table`, `files`, `load` and `verify`.
+
+    Args:
+        folder: where it is; None for the folder that the environment variable DIFFDISTILL_WEIGHTS names, or else the cache's.
+    """
+    return WeightStore(Path(folder or os.environ.get(WEIGHTS) or CACHE / "weights"))

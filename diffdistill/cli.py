@@ -411,6 +411,67 @@ def doctor(*, json: Json = False) -> int:
     return MACHINE if found["problems"] else 0
 
 
+weights = App(
+    name="weights",
+    help="Keep the files of feature networks (Inception, DINOv2, CLIP, ...) that measurements need. Nothing is downloaded.\n\n"
+    "The store is the folder that DIFFDISTILL_WEIGHTS names, or one in the cache.",
+    sort_key=12,
+)
+app.command(weights)
+
+
+@weights.command(name="add")
+def weights_add(slot: str, /, *files: Path, note: str = "", link: bool = False) -> int:
+    """Read the file or files of a slot with the network's own loader and, if they are right, keep them.
+
+    Args:
+        slot: name of the slot, see `weights list`.
+        files: in the order that `weights list` shows.
+        note: where they come from, for the record.
+        link: keep links to the files instead of copies.
+    """
+    from diffdistill.api import weight_store
+
+    store = weight_store()
+    manifest = store.add(slot, files, note, link)
+    print(f"{'linked' if link else 'copied'} to {store.folder / slot}; fingerprint {manifest.fingerprint[:16]}")
+    return 0
+
+
+@weights.command(name="list")
+def weights_list(*, json: Json = False) -> int:
+    """List the slots: what each is for, which files it takes, and what it holds."""
+    from diffdistill import listing
+    from diffdistill.api import weight_store
+
+    rows = weight_store().table()
+    if json:
+        _print_json(rows)
+    else:
+        print(
+            listing.columns(
+                [{"slot": row["slot"], "state": row["state"], "files": row["files"] or row["takes"]} for row in rows]
+            )
+        )
+    return 0
+
+
+@weights.command(name="verify")
+def weights_verify(*slots: str, json: Json = False) -> int:
+    """Hash the files of slots again, load them again, and compare; exit status 1 if one fails.
+
+    Args:
+        slots: names; all that hold weights when left out.
+    """
+    from diffdistill import listing
+    from diffdistill.api import weight_store
+
+    checks = weight_store().verify(slots)
+    rows = [{"slot": check.slot, "status": "ok" if check.passed else "failed", "detail": check.detail} for check in checks]
+    _print_json(rows) if json else print(listing.columns(rows))
+    return 0 if all(check.passed for check in checks) else MACHINE
+
+
 # Printing
 
 
@@ -504,7 +565,7 @@ def _explain(error: BaseException) -> int:
 def _usage(error: cyclopts.CycloptsError) -> str:
     text = str(error)
     if isinstance(error, cyclopts.UnknownCommandError):
-        verbs = sorted(name for name in app if not name.startswith("-"))
+        verbs = sorted(name for name in error.app or app if not name.startswith("-"))
         text = str(unknown_name("verb", text.split('"')[1], verbs))
     return f"{text} `diffdistill --help` and `diffdistill VERB --help` show what there is."
 
