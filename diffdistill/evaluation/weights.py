@@ -217,8 +217,6 @@ class WeightStore:
         """
         slot, sources = self.slot(name), [Path(path).resolve() for path in paths]
         for source in sources:
-            if not source.exists():
-                raise UserError(f"there is no file {source}. Slot {name!r} takes {slot.wanted}.")
             if source.is_relative_to(self.folder.resolve()):
                 raise UserError(f"{source} lies in the store of weights already. Name a file outside of {self.folder}.")
         fingerprint = slot.load(sources).fingerprint
