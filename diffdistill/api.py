@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from diffdistill.training.loading import LoadedRun, load_run
 from diffdistill.training.run import train
 
 __all__ = [
+    "WeightStore",
     "check",
     "compare",
     "distill",
@@ -40,7 +40,6 @@ __all__ = [
     "sample",
     "train_teacher",
     "verify",
-    "weight_store",
 ]
 
 IMAGES_PER_CALL = 500
@@ -264,15 +263,3 @@ def verify(folder: str | Path) -> Verification:
     from diffdistill.export import verify as check_export
 
     return check_export(folder)
-
-
-WEIGHTS = "DIFFDISTILL_WEIGHTS"
-
-
-def weight_store(folder: str | Path | None = None) -> WeightStore:
-    """Return the store of feature networks' weights, with `add`, `table`, `files`, `load` and `verify`.
-
-    Args:
-        folder: where it is; None for the folder that the environment variable DIFFDISTILL_WEIGHTS names, or else the cache's.
-    """
-    return WeightStore(Path(folder or os.environ.get(WEIGHTS) or CACHE / "weights"))

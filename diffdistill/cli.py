@@ -430,9 +430,9 @@ def weights_add(slot: str, /, *files: Path, note: str = "", link: bool = False) 
         note: where they come from, for the record.
         link: keep links to the files instead of copies.
     """
-    from diffdistill.api import weight_store
+    from diffdistill.api import WeightStore
 
-    store = weight_store()
+    store = WeightStore()
     manifest = store.add(slot, files, note, link)
     print(f"{'linked' if link else 'copied'} to {store.folder / slot}; fingerprint {manifest.fingerprint[:16]}")
     return 0
@@ -442,9 +442,9 @@ def weights_add(slot: str, /, *files: Path, note: str = "", link: bool = False) 
 def weights_list(*, json: Json = False) -> int:
     """List the slots: what each is for, which files it takes, and what it holds."""
     from diffdistill import listing
-    from diffdistill.api import weight_store
+    from diffdistill.api import WeightStore
 
-    rows = weight_store().table()
+    rows = WeightStore().table()
     if json:
         _print_json(rows)
     else:
@@ -464,9 +464,9 @@ def weights_verify(*slots: str, json: Json = False) -> int:
         slots: names; all that hold weights when left out.
     """
     from diffdistill import listing
-    from diffdistill.api import weight_store
+    from diffdistill.api import WeightStore
 
-    checks = weight_store().verify(slots)
+    checks = WeightStore().verify(slots)
     rows = [{"slot": check.slot, "status": "ok" if check.passed else "failed", "detail": check.detail} for check in checks]
     _print_json(rows) if json else print(listing.columns(rows))
     return 0 if all(check.passed for check in checks) else MACHINE

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -23,10 +24,18 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from diffdistill.errors import UserError, unknown_name
-from diffdistill.files import atomic_folder, hash_json, sha256, write_json
+from diffdistill.evaluation.networks.clip_towers import TOWERS
+from diffdistill.evaluation.networks.pair_scores import HEAD_FILE, HPS_FILES, PICKSCORE
+from diffdistill.files import CACHE, atomic_folder, hash_json, sha256, write_json
 from diffdistill.mistakes import checked
 
 MANIFEST = "manifest.json"
+FOLDER_VARIABLE = "DIFFDISTILL_WEIGHTS"
+
+
+def weights_folder() -> Path:
+    """Return the folder of the store: DIFFDISTILL_WEIGHTS, or ~/.cache/diffdistill/weights."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or CACHE / "weights")
 
 
 class Network(Protocol):
@@ -40,25 +49,11 @@ class Network(Protocol):
         ...
 
 
-class Accepted(NamedTuple):
-    """A file that fills a part of a slot: its usual name (any other will do), its format, and the project it comes from."""
-
-    name: str
-    format: str
-    project: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.format}, {self.project})"
-
-
 class Part(NamedTuple):
-    """One of the files of a slot: what it is to the network, and the files of which any one will do."""
+    """One of the files of a slot: its role in the network, and which files of which projects it can be, as a phrase."""
 
     role: str
-    accepted: tuple[Accepted, ...]
-
-    def __str__(self) -> str:
-        return " or ".join(map(str, self.accepted))
+    takes: str
 
 
 @dataclass(frozen=True)
@@ -80,29 +75,29 @@ class WeightSlot:
     loader: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, paths: Sequence[Path]) -> Network:
-        """Read the network from one path for each part.
+    def load(self, paths: Sequence[Path], **options: Any) -> Network:
+        """Read the network from one path for each part; `options` go before the slot's own.
 
         Raises:
             UserError: the number of paths is another, or the loader refuses one.
         """
         if len(paths) != len(self.parts):
             raise UserError(
-                f"slot {self.name!r} takes {len(self.parts)} file{'s' * (len(self.parts) > 1)} ({self.wanted}); "
-                f"got {len(paths)}. Write `{self.command}`."
+                f"slot {self.name!r} takes {len(self.parts)} file{'s' * (len(self.parts) > 1)}, not {len(paths)}: write `{self.command}` "
+                f"with the path of {self.wanted}."
             )
-        return self._class().load(*paths, **self.options)
+        return self._class().load(*paths, **{**self.options, **options})
 
-    def random(self, seed: int) -> Network:
+    def random(self, seed: int, **options: Any) -> Network:
         """Return the network with random weights, for tests; its name says INVALID."""
-        return self._class().random(seed, **self.options)
+        return self._class().random(seed, **{**self.options, **options})
 
     @property
     def wanted(self) -> str:
-        """Which files, in which formats, from which projects."""
+        """Which files of which projects, as a phrase."""
         if len(self.parts) == 1:
-            return str(self.parts[0])
-        return "; ".join(f"{part.role}: {part}" for part in self.parts)
+            return self.parts[0].takes
+        return "; ".join(f"{part.role}: {part.takes}" for part in self.parts)
 
     @property
     def command(self) -> str:
@@ -115,26 +110,65 @@ class WeightSlot:
         return getattr(importlib.import_module(module), attribute)
 
 
-SLOTS: dict[str, WeightSlot] = {
-    slot.name: slot
-    for slot in [
-        WeightSlot(
-            name="inception",
-            what="Inception v3 of 2015-12-05, for FID, sFID, KID, Inception score, precision and recall",
-            parts=(
-                Part(
-                    "weights",
-                    (
-                        Accepted("inception-2015-12-05.pt", "TorchScript", "StyleGAN and clean-fid"),
-                        Accepted("pt_inception-2015-12-05-6726825d.pth", "state dict", "pytorch-fid"),
-                        Accepted("weights-inception-2015-12-05-6726825d.pth", "state dict", "torch-fidelity"),
-                    ),
-                ),
+def _slots() -> Iterator[WeightSlot]:
+    networks = "diffdistill.evaluation.networks"
+    yield WeightSlot(
+        "inception",
+        "Inception v3 of 2015-12-05, for FID, sFID, KID, Inception score, precision and recall",
+        (
+            Part(
+                "weights",
+                "inception-2015-12-05.pt (TorchScript of StyleGAN and clean-fid), pt_inception-2015-12-05-6726825d.pth (state dict of "
+                "pytorch-fid), or weights-inception-2015-12-05-6726825d.pth (state dict of torch-fidelity)",
             ),
-            loader="diffdistill.evaluation.networks.inception:Inception",
         ),
-    ]
-}
+        f"{networks}.inception:Inception",
+    )
+    for size in "sblg":
+        name = f"dinov2-vit-{size}-14"
+        file = f"dinov2_vit{size}14_pretrain.pth (state dict of facebookresearch/dinov2, without registers)"
+        what = f"DINOv2 ViT-{size.upper() if size != 'g' else size}/14, for FD-DINOv2, precision and recall, Vendi"
+        yield WeightSlot(name, what, (Part("weights", file),), f"{networks}.dinov2:DINOv2", {"name": name})
+    yield WeightSlot(
+        "vgg16",
+        "VGG16, for the precision and recall of StyleGAN",
+        (Part("weights", "vgg16-397923af.pth (state dict of torchvision), or vgg16.pt (TorchScript of StyleGAN2-ADA)"),),
+        f"{networks}.vgg16:VGG16",
+    )
+    for net, backbone in (("vgg", "vgg16-397923af.pth"), ("alex", "alexnet-owt-7be5be79.pth")):
+        yield WeightSlot(
+            f"lpips-{net}",
+            "LPIPS, for the diversity within a prompt",
+            (
+                Part("backbone", f"{backbone} (state dict of torchvision)"),
+                Part("linear", f"lpips/weights/v0.1/{net}.pth (state dict in the package lpips)"),
+            ),
+            f"{networks}.lpips:LPIPS",
+            {"net": net},
+        )
+    for tower in TOWERS.values():
+        if tower.prefix is None:  # other captions, but the same weights
+            what = f"CLIP at {tower.size} pixels, {tower.activation}: CLIP score, CLIP-FID, CMMD"
+            yield WeightSlot(tower.name, what, (Part("weights", tower.source),), f"{networks}.clip:Clip", {"tower": tower})
+    yield WeightSlot("pickscore", "PickScore", (Part("weights", PICKSCORE.source),), f"{networks}.pair_scores:PickScore")
+    for version, file in HPS_FILES.items():
+        part = Part("weights", f"{file} (checkpoint of xswu/HPSv2)")
+        yield WeightSlot(f"hps-{version}", f"HPS {version}", (part,), f"{networks}.pair_scores:Hps", {"version": version})
+    yield WeightSlot(
+        "aesthetic",
+        "LAION's aesthetic score",
+        (Part("clip", TOWERS["clip-vit-l-14"].source), Part("head", f"{HEAD_FILE} (of improved-aesthetic-predictor)")),
+        f"{networks}.pair_scores:Aesthetic",
+    )
+    yield WeightSlot(
+        "image-reward",
+        "ImageReward",
+        (Part("weights", "ImageReward.pt (of THUDM/ImageReward)"), Part("vocabulary", "vocab.txt (of bert-base-uncased)")),
+        f"{networks}.image_reward:ImageReward",
+    )
+
+
+SLOTS: dict[str, WeightSlot] = {slot.name: slot for slot in _slots()}
 
 
 # What is kept
@@ -194,7 +228,7 @@ class Check(NamedTuple):
 class WeightStore:
     """The weights in a folder, by slot."""
 
-    folder: Path
+    folder: Path = field(default_factory=weights_folder)
     slots: Mapping[str, WeightSlot] = field(default_factory=lambda: SLOTS)
 
     def slot(self, name: str) -> WeightSlot:
@@ -215,9 +249,9 @@ class WeightStore:
             UserError: unknown slot, files that are not there or not of this network, or a slot that holds other weights.
             MachineError: the disk is full or the folder cannot be written.
         """
-        slot, sources = self.slot(name), [Path(path).resolve() for path in paths]
+        slot, sources = self.slot(name), [Path(path).absolute() for path in paths]
         for source in sources:
-            if source.is_relative_to(self.folder.resolve()):
+            if source.resolve().is_relative_to(self.folder.resolve()):
                 raise UserError(f"{source} lies in the store of weights already. Name a file outside of {self.folder}.")
         fingerprint = slot.load(sources).fingerprint
         self._refuse_other(name, fingerprint)
@@ -268,8 +302,8 @@ class WeightStore:
         slot, manifest = self.slot(name), self.manifest(name)
         if manifest is None:
             raise UserError(
-                f"there are no weights for {name!r} ({slot.what}). The slot takes {slot.wanted}. Nothing is downloaded here: get it from "
-                f"there and run `{slot.command}`, which keeps it in {self.folder}."
+                f"there are no weights for {name!r} ({slot.what}). Nothing is downloaded here: run `{slot.command}` with the path of "
+                f"{slot.wanted}. It keeps them in {self.folder}."
             )
         for place, stored in manifest.files.items():
             path = self.folder / name / place
@@ -281,13 +315,17 @@ class WeightStore:
                 )
         return tuple(self.folder / name / place for place in manifest.parts.values())
 
-    def load(self, name: str) -> Network:
+    def load(self, name: str, **options: Any) -> Network:
         """Return the network of a slot, on the CPU, its weights those that were added.
+
+        Args:
+            name: of the slot.
+            options: of the network's `load`, where they are not the slot's: the scaling of Inception, a tower with other captions.
 
         Raises:
             UserError: as `files`, or the network has another fingerprint than when it was added.
         """
-        network, manifest = self.slot(name).load(self.files(name)), self.manifest(name)
+        network, manifest = self.slot(name).load(self.files(name), **options), self.manifest(name)
         if manifest is None or network.fingerprint != manifest.fingerprint:
             raise UserError(
                 f"slot {name!r} gives other weights than when it was added; `diffdistill weights verify {name}` says why."
@@ -327,7 +365,7 @@ class WeightStore:
         try:
             manifest = self.manifest(slot.name)
             if manifest is None:
-                return Check(slot.name, False, f"no weights; it takes {slot.wanted}")
+                return Check(slot.name, False, f"no weights; add {slot.wanted}")
             folder = self.folder / slot.name
             found = {}
             for place, stored in manifest.files.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from diffdistill import cli
 from diffdistill.errors import UserError
 from diffdistill.evaluation import weights
 from diffdistill.evaluation.networks.inception import Inception
-from diffdistill.evaluation.weights import MANIFEST, SLOTS, Accepted, Manifest, Part, WeightSlot, WeightStore
+from diffdistill.evaluation.weights import MANIFEST, SLOTS, Manifest, Part, WeightSlot, WeightStore
 from diffdistill.files import hash_json
 from diffdistill.models.fingerprint import weights_fingerprint
 
@@ -52,7 +53,7 @@ class Tiny(nn.Module):
 
 
 def slot(name: str, *roles: str, **options: Any) -> WeightSlot:
-    parts = tuple(Part(role, (Accepted(f"{role}.pt", "state dict", "the tiny project"),)) for role in roles)
+    parts = tuple(Part(role, f"{role}.pt (state dict of the tiny project)") for role in roles)
     return WeightSlot(name, "three numbers", parts, f"{__name__}:Tiny", options)
 
 
@@ -102,6 +103,7 @@ def test_parts_reach_the_loader_in_the_order_of_the_slot_with_its_options(store,
     store.add("tiny-two", files)
     network = store.load("tiny-two")
     assert [float(value[0]) for value in network.values] == [1, 2] and network.scale == 2
+    assert store.load("tiny-two", scale=3.0).scale == TINY["tiny-two"].random(5, scale=3.0).scale == 3
     assert TINY["tiny-two"].random(5).name == "tiny-random-5-INVALID" and TINY["tiny-two"].random(5).scale == 2
     with pytest.raises(UserError, match="is no part 0"):
         store.slots["tiny-two"].load(files[::-1])
@@ -122,6 +124,14 @@ def test_a_folder_is_kept_whole_and_each_of_its_files_is_watched(store, tmp_path
     (store.folder / "tiny-one" / "net" / "given" / "inner" / "config.json").write_text("{ }")
     with pytest.raises(UserError, match="config.json"):
         store.files("tiny-one")
+
+
+def test_a_file_that_is_a_link_itself_keeps_the_name_it_was_given_by(store, file, tmp_path):
+    """Caches of hubs hold links with names to files without; loaders go by the ending."""
+    (tmp_path / "HPS_v2.1.pt").symlink_to(file)
+    for link in (False, True):
+        store.add("tiny-one", [tmp_path / "HPS_v2.1.pt"], link=link)
+        assert store.files("tiny-one")[0].name == "HPS_v2.1.pt"
 
 
 @pytest.mark.parametrize("of", ["file", "folder"])
@@ -153,7 +163,7 @@ def test_an_empty_slot_names_file_format_project_and_command(store):
     with pytest.raises(UserError) as caught:
         store.files("tiny-two")
     said = str(caught.value)
-    for part in ("'tiny-two'", "three numbers", "backbone: backbone.pt (state dict, the tiny project)", "linear: linear.pt"):
+    for part in ("'tiny-two'", "three numbers", "backbone: backbone.pt (state dict of the tiny project)", "linear: linear.pt"):
         assert part in said
     assert "`diffdistill weights add tiny-two BACKBONE LINEAR`" in said
     assert store.verify(["tiny-two"])[0].passed is False and store.verify() == []
@@ -199,7 +209,7 @@ def test_wrong_files_are_refused_by_name_and_nothing_is_kept(store, tmp_path, wh
     files = refused_files(tmp_path)[which]
     with pytest.raises(UserError) as caught:
         store.add("tiny-one", files)
-    assert (str(files[0]) if len(files) == 1 else "takes 1 file (net.pt") in str(caught.value)
+    assert (str(files[0]) if len(files) == 1 else f"takes 1 file, not {len(files)}") in str(caught.value)
     assert not store.folder.exists()
 
 
@@ -326,16 +336,15 @@ def test_the_manifest_of_another_slot_is_refused(store, file):
 
 
 @pytest.mark.parametrize("name", SLOTS)
-def test_every_slot_has_a_loader_and_says_which_files_it_takes(name):
+def test_every_slot_has_a_loader_that_takes_its_files_and_says_which_they_are(name):
     slot = SLOTS[name]
-    network = slot._class()
-    assert slot.name == name and callable(network.load) and callable(network.random)
-    assert len({part.role for part in slot.parts}) == len(slot.parts) >= 1
-    assert all("/" not in part.role and part.role != MANIFEST and part.accepted for part in slot.parts)
-    with pytest.raises(UserError) as caught:
+    roles = [part.role for part in slot.parts]
+    assert slot.name == name and name in slot.command and slot.what
+    assert len(set(roles)) == len(roles) >= 1 and all(role.isidentifier() for role in roles)
+    assert all(part.takes and "://" not in part.takes for part in slot.parts)
+    with pytest.raises(UserError, match="/nowhere/weights.pt"):
         slot.load([Path("/nowhere/weights.pt")] * len(slot.parts))
-    assert "/nowhere/weights.pt" in str(caught.value)
-    assert "http" not in slot.wanted and name in slot.command
+    inspect.signature(slot._class().random).bind(0, **slot.options)
 
 
 # The verbs, on the real slot of FID's network
@@ -356,7 +365,7 @@ def test_the_verbs_add_list_and_verify(inception_file, tmp_path, monkeypatch, ca
     assert cli.main(["weights", "list"]) == 0
     assert "absent" in capsys.readouterr().out
     assert cli.main(["weights", "verify", "inception"]) == 1
-    assert "inception-2015-12-05.pt (TorchScript" in capsys.readouterr().out
+    assert "inception-2015-12-05.pt (TorchScript of" in capsys.readouterr().out
     assert cli.main(["weights", "add", "inception", str(inception_file), "--note", "made here", "--link"]) == 0
     assert (tmp_path / "store" / "inception" / "weights" / inception_file.name).is_symlink()
     capsys.readouterr()

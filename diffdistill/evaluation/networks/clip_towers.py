@@ -87,12 +87,12 @@ def _text(width: int, heads: int, layers: int) -> dict[str, Any]:
 
 
 def _openai(name: str, file: str, folder: str, embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> Tower:
-    source = f"OpenAI's {file}, or of a copy of openai/{folder} or of timm's copy of it for open_clip"
+    source = f"OpenAI's {file}, a copy of openai/{folder}, or timm's copy of it for open_clip"
     return Tower(name, "quick_gelu", embed_dim, vision, text, rounded=True, source=source)
 
 
 def _laion(name: str, folder: str, embed_dim: int, vision: dict[str, Any], text: dict[str, Any], **special: Any) -> Tower:
-    source = f"a copy of laion/{folder}, or of its open_clip_model.safetensors or open_clip_pytorch_model.bin"
+    source = f"a copy of laion/{folder}, or its open_clip_model.safetensors or open_clip_pytorch_model.bin"
     return Tower(name, "gelu", embed_dim, vision, text, source=source, **special)
 
 

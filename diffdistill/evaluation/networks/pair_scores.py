@@ -34,7 +34,7 @@ from diffdistill.evaluation.networks.weight_files import fill, read_weights
 from diffdistill.models.fingerprint import weights_fingerprint
 
 PICKSCORE = dataclasses.replace(
-    TOWERS["clip-vit-h-14"], name="pickscore", source="a copy of yuvalkirstain/PickScore_v1, or of its model.safetensors"
+    TOWERS["clip-vit-h-14"], name="pickscore", source="a copy of yuvalkirstain/PickScore_v1, or its model.safetensors"
 )
 
 HpsVersion = Literal["v2.0", "v2.1"]
