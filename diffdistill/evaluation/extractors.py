@@ -14,9 +14,11 @@ from diffdistill.device import usual_device
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.features import DigitsExtractor, FeatureExtractor, Features
 from diffdistill.evaluation.images import check_uint8_images
+from diffdistill.evaluation.networks.clip_towers import TOWERS
 from diffdistill.evaluation.precision import Precision, computing
 from diffdistill.evaluation.protocol import View
 from diffdistill.evaluation.resize import ResizeKind, resize
+from diffdistill.evaluation.weights import SLOTS, WeightStore
 
 IMAGES_PER_PASS = 50
 SHAPES_FOLDER = Path(__file__).parents[1] / "assets" / "shapes-clip"
@@ -129,19 +131,11 @@ EMBEDDED: dict[str, Callable[..., FeatureExtractor]] = {"digits": DigitsExtracto
 """Networks that come with the package and take the images of their data set as they are."""
 
 
-class Network(typing.NamedTuple):
-    """A network whose weights the user brings: the slot that they lie in, the class, and what its `load` and `random` are told."""
-
-    slot: str
-    place: str
-    options: dict[str, typing.Any] = {}
-
-
-_NETWORKS = "diffdistill.evaluation.networks"
-NETWORKS: dict[str, Network] = {
-    "inception": Network("inception", f"{_NETWORKS}.inception:Inception"),
-    "inception-pytorch-fid": Network("inception", f"{_NETWORKS}.inception:Inception", {"scaling": "pytorch-fid"}),
+VARIANTS: dict[str, tuple[str, dict[str, typing.Any]]] = {
+    "inception-pytorch-fid": ("inception", {"scaling": "pytorch-fid"}),
+    **{tower.name: (tower.name.removesuffix("-depicts"), {"tower": tower}) for tower in TOWERS.values() if tower.prefix},
 }
+"""Networks that take the weights of another slot than their name's, with what they are told."""
 
 RANDOM = "random:"
 
@@ -153,7 +147,7 @@ def open_extractor(view: View, device: str | torch.device | None = None, weights
         view: names it, with the resize and precision it is to have.
         device: None for the GPU where there is one.
         weights: None takes them from the store of weights; "random:SEED" is a mode for tests, and the extractor's name then says
-            INVALID; "PATH" is a file.
+            INVALID.
     Raises:
         UserError: an unknown name (the message lists the known ones), weights that are not there or not what they should be, or a
             resize or precision that an embedded extractor does not have.
@@ -171,19 +165,26 @@ def open_extractor(view: View, device: str | torch.device | None = None, weights
 def _network(name: str, weights: str | None) -> FeatureNetwork:
     if ":" in name:
         return _imported(name)()
-    if name not in NETWORKS:
-        raise unknown_name("feature extractor", name, [*EMBEDDED, *NETWORKS])
-    slot, place, options = NETWORKS[name]
-    kind = _imported(place)
+    slot, options = VARIANTS.get(name, (name, {}))
+    if slot not in SLOTS:
+        raise unknown_name("feature extractor", name, extractor_names())
     if weights is None:
-        raise UserError(f"extractor {name!r} needs its weights. Name their file.")
-    return kind.random(_seed(weights), **options) if weights.startswith(RANDOM) else kind.load(weights, **options)
+        return typing.cast(FeatureNetwork, WeightStore().load(slot, **options))
+    return typing.cast(FeatureNetwork, SLOTS[slot].random(_seed(weights), **options))
+
+
+def extractor_names() -> list[str]:
+    """Return every name that a view can give, but for functions of the user's."""
+    return [*EMBEDDED, *SLOTS, *VARIANTS]
 
 
 def _seed(weights: str) -> int:
     seed = weights.removeprefix(RANDOM)
-    if not seed.isdecimal():
-        raise UserError(f"weights {weights!r}: random weights are written random:SEED, e.g. random:0.")
+    if not weights.startswith(RANDOM) or not seed.isdecimal():
+        raise UserError(
+            f"weights {weights!r} are unknown. Leave weights out for those of `diffdistill weights list`; random ones, for tests, are "
+            "written random:SEED, e.g. random:0."
+        )
     return int(seed)
 
 
