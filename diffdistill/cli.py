@@ -17,6 +17,7 @@ from cyclopts import App, Parameter
 from diffdistill.errors import MachineError, UserError, unknown_name
 
 if TYPE_CHECKING:
+    from diffdistill.evaluation.external.scores import ExternalScores
     from diffdistill.evaluation.result import Evaluation
 
 DEBUG = "DIFFDISTILL_DEBUG"
@@ -192,10 +193,14 @@ def evaluate(
     batch_size: int = 500,
     weights: str | None = None,
     save_images: Path | None = None,
+    scores: Path | None = None,
     output: Output | None = None,
     json: Json = False,
 ) -> int:
     """Score what a target makes, at each number of steps, or images that exist.
+
+    GenEval and DPG-Bench have scorers of their own: --protocol geneval (or dpg) -o FOLDER makes the images in their layout, and
+    --scores reads what the scorer wrote.
 
     With -o the same command goes on after a stop. `accelerate launch -m diffdistill eval ... -o FOLDER` shares it among processes.
 
@@ -212,12 +217,26 @@ def evaluate(
         batch_size: images per call of the model.
         weights: of the feature networks: those of `weights list` when left out; random:SEED for a test that measures nothing.
         save_images: folder for the images, as PNG files.
+        scores: results of an external scorer.
         output: folder for report.html, report.json and one steps-N.json each, which `compare` reads.
     """
-    from diffdistill import scoring
+    from diffdistill import external, scoring
     from diffdistill.evaluation.table import Row, table
 
     _folder(output)
+    if scores is not None:
+        return _print_scores(external.read_scores(protocol, scores), json)
+    if protocol in external.RUNNERS:
+        if output is None:
+            raise UserError(f"{protocol} is scored by a program of its own; write -o FOLDER for the images that it takes.")
+        commands = external.write_images(
+            protocol, target, output, steps, guidance, solver, checkpoint, lora, batch_size, scoring.processes(), _progress()
+        )
+        for folder, command in commands.items():
+            print(
+                f"wrote {folder}. Score it with `{command}`, then `diffdistill eval {target} --protocol {protocol} --scores RESULTS`."
+            )
+        return 0
     settings = scoring.Settings(protocol, tuple(metrics), num_images, guidance, batch_size, weights, output, save_images)
     found = scoring.evaluate(target, steps, settings, solver, checkpoint, lora, _progress())
     if output is not None and scoring.processes().is_main:
@@ -279,6 +298,22 @@ def sweep(
     return 0
 
 
+def _print_scores(found: ExternalScores, json: bool) -> int:
+    from diffdistill.listing import columns
+
+    if json:
+        _print_json(found.to_json())
+        return 0
+    rows = [
+        {"score": name, "value": f"{e.value:.4g}", "95 % interval": f"{e.low:.4g} to {e.high:.4g}"}
+        for name, e in found.values.items()
+    ]
+    print(columns(rows))
+    for note in found.notes:
+        print(f"note: {note}")
+    return 0
+
+
 def _folder(path: Path | None) -> None:
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; -o names a folder.")
@@ -287,6 +322,34 @@ def _folder(path: Path | None) -> None:
 def _say_warnings(evaluations: Iterable[Evaluation]) -> None:
     for text in dict.fromkeys(text for evaluation in evaluations for text in evaluation.warnings):
         print(f"note: {text}")
+
+
+@app.command(sort_key=7)
+def stats(
+    source: Path,
+    /,
+    *,
+    protocol: str,
+    format: str | None = None,
+    weights: str | None = None,
+    output: Output | None = None,
+) -> int:
+    """Make the statistics of a protocol's real images, from the images or from another package's file; `eval` then finds them.
+
+    Args:
+        source: a folder, zip or npz of the real images; or, with --format, a file of statistics.
+        protocol: name of a protocol (`list protocols`) or its YAML file.
+        format: edm, edm2, adm, clean-fid, pytorch-fid, cmmd or torch-fidelity.
+        weights: of the feature networks, as for eval.
+        output: folder; the store of references when left out.
+    """
+    from diffdistill.references import make_statistics
+
+    show = _progress()
+    files = make_statistics(source, protocol, format, weights, output, lambda done, total: show(str(source), done, total))  # type: ignore[arg-type]
+    for path in files:
+        print(f"wrote {path}")
+    return 0
 
 
 @app.command(sort_key=7)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffdistill.errors import unknown_name
+
+if TYPE_CHECKING:
+    from diffdistill.evaluation.protocol import Protocol
 
 KINDS = ("methods", "teachers", "recipes", "protocols", "families")
 
@@ -75,9 +78,10 @@ def _recipes() -> list[dict[str, Any]]:
 
 def _protocols() -> list[dict[str, Any]]:
     from diffdistill.evaluation.protocol import load_protocol, protocol_names
+    from diffdistill.external import RUNNERS
 
     found = [load_protocol(name) for name in protocol_names()]
-    return [
+    rows = [
         {
             "name": p.name,
             "dataset": p.dataset,
@@ -85,9 +89,32 @@ def _protocols() -> list[dict[str, Any]]:
             "blocks": len(p.first_seeds),
             "hash": p.hash[:12],
             "metrics": list(p.metrics),
+            "lacks": _lacking(p),
         }
         for p in found
     ]
+    outside = [
+        {"name": name, "dataset": name, "images": runner.images, "blocks": 1, "hash": "", "metrics": ["by its own scorer"]}
+        for name, runner in RUNNERS.items()
+    ]
+    return rows + outside
+
+
+def _lacking(protocol: Protocol) -> list[str]:
+    """Return what the user has yet to bring: weights, prompts, statistics of real images."""
+    from diffdistill.evaluation.extractors import slot_of
+    from diffdistill.evaluation.reference import NONE, REFERENCES, references_folder
+    from diffdistill.evaluation.weights import WeightStore
+
+    store = WeightStore()
+    slots = dict.fromkeys(slot for view in protocol.views if (slot := slot_of(view.extractor)) is not None)
+    lacking = [f"weights of {slot}" for slot in slots if store.manifest(slot) is None]
+    if protocol.prompts is not None and not protocol.prompts.path.is_file():
+        lacking.append(f"prompts {protocol.prompts.file}")
+    brought = protocol.reference not in (NONE, *REFERENCES)
+    if brought and not list(references_folder().glob(f"{protocol.reference}-*.npz")):
+        lacking.append(f"statistics of {protocol.reference}")
+    return lacking
 
 
 def _families() -> list[dict[str, Any]]:

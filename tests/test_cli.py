@@ -547,3 +547,38 @@ def test_doctor_reports_a_damaged_asset(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "diffdistill" / "doctor.py"))
     problems = doctor.doctor()["problems"]
     assert any("digits-unet" in problem and "not the file that was shipped" in problem for problem in problems)
+
+
+def test_geneval_is_made_in_its_layout_and_its_results_are_added_up(here, capsys, refused, monkeypatch):
+    monkeypatch.setenv("DIFFDISTILL_PROMPTS", str(here))
+    verb = ["eval", "shapes-sd", "--protocol", "geneval", "--steps", "1", "--guidance", "1"]
+    assert "geneval.jsonl" in refused(*verb, "-o", "out")
+    lines = [
+        {"tag": tag, "include": [], "prompt": prompt}
+        for tag, prompt in (
+            ("colors", "a small red circle"),
+            ("colors", "a small blue circle"),
+            ("two_object", "a large blue square above a small red circle"),
+            ("two_object", "a large blue square above a small green circle"),
+        )
+    ]
+    (here / "geneval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "write -o FOLDER" in refused(*verb)
+    assert cli.main([*verb, "-o", "out"]) == 0
+    assert "evaluate_images.py out/steps-1" in capsys.readouterr().out
+    made = sorted(path.relative_to(here / "out" / "steps-1").as_posix() for path in (here / "out" / "steps-1").rglob("*.png"))
+    assert made == [f"0000{prompt}/samples/000{image}.png" for prompt in range(4) for image in range(4)]
+    results = [
+        {**line, "filename": f"out/steps-1/0000{prompt}/samples/000{image}.png", "correct": image < 1 + 2 * (prompt // 2)}
+        | {"metadata": json.dumps(line)}
+        for prompt, line in enumerate(lines)
+        for image in range(4)
+    ]
+    (here / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    assert cli.main([*verb, "--scores", "results.jsonl", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    assert values["overall"]["value"] == pytest.approx((1 / 4 + 3 / 4) / 2)
+    assert values["colors"]["low"] < 1 / 4 < values["colors"]["high"]
+    assert cli.main([*verb, "--scores", "results.jsonl"]) == 0
+    assert "overall" in capsys.readouterr().out
+    assert "reads no text" in refused("eval", "digits-unet", "--protocol", "geneval", "-o", "other")

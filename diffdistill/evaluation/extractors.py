@@ -173,6 +173,11 @@ def _network(name: str, weights: str | None) -> FeatureNetwork:
     return typing.cast(FeatureNetwork, SLOTS[slot].random(_seed(weights), **options))
 
 
+def slot_of(name: str) -> str | None:
+    """Return the slot whose weights an extractor needs, None of embedded ones and of functions of the user's."""
+    return None if name in EMBEDDED or ":" in name else VARIANTS.get(name, (name, {}))[0]
+
+
 def extractor_names() -> list[str]:
     """Return every name that a view can give, but for functions of the user's."""
     return [*EMBEDDED, *SLOTS, *VARIANTS]
