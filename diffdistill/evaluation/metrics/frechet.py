@@ -77,7 +77,7 @@ def jackknife_frechet(moments: Moments, mean: Tensor, factor: Tensor) -> tuple[F
         return frechet_from_factors(part.mean(), covariance_factor(part.covariance()), mean, factor)
 
     whole = distance(moments)
-    parts = [distance(moments.without(group)).value for group in range(moments.num_groups)]
+    parts = [distance(part).value for part in moments.leave_one_out()]
     return whole, jackknife(whole.value, parts, moments.counts.tolist())
 
 
