@@ -117,13 +117,8 @@ class Moments:
                 f"moments add when (dim, num_groups) agree; got {(self.dim, self.num_groups)} "
                 f"and {(other.dim, other.num_groups)}."
             )
-        if self.shift is None or other.shift is None:
-            return (other if self.shift is None else self)._copy(self.device)
-        total = other._copy(self.device)
-        total._move_shift(self.shift)
-        total.counts += self.counts
-        total.sums += self.sums
-        total.outers += self.outers
+        total = self._copy(self.device)
+        total.include(other)
         return total
 
     def include(self, part: Moments, first_group: int = 0) -> None:
@@ -131,8 +126,9 @@ class Moments:
         if part.shift is None:
             return
         if self.shift is None:
-            self.shift = part.shift.clone()
-        moved = part._shifted_to(self.shift)
+            self.shift = part.shift.to(self.device, copy=True)
+        moved = part._copy(self.device)
+        moved._move_shift(self.shift)
         groups = slice(first_group, first_group + part.num_groups)
         self.counts[groups] += moved.counts
         self.sums[groups] += moved.sums

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from diffdistill.evaluation.metrics.gaussian import ReferenceGaussian
 from diffdistill.evaluation.moments import Moments
 
 MOMENTS = ("moments", "spatial")
+Statistics = Moments | ReferenceGaussian
 
 
 class Value(typing.NamedTuple):
@@ -38,26 +40,26 @@ class Sample:
     """What one pass over N images leaves for the metrics of a view; None is what no metric asked for or nothing could give.
 
     Attributes:
-        moments: of the features, in jackknife groups of neighbouring images.
+        moments: of the features, in jackknife groups of neighbouring images; of real images their Gaussian will do.
         features: float32 (N, d).
         logits: float32 (N, K), of an extractor that is a classifier.
         labels: int64 (N,), the classes asked for.
         pixels: float64 (N, 2), see `images.pixel_statistics`.
         texts: float32 (N, d), the vectors of the captions asked for, of an extractor that reads them.
         obeyed: bool (N, 4), the parts of its caption that an image obeys, see `shapes_detector.Obeyed`.
-        spatial: moments of the extractor's spatial features, in the same groups.
+        spatial: the same of the extractor's spatial features, in the same groups.
         scores: float32 (N,), of an extractor that scores images with their captions.
         diversity: float32 (P,), of the images of each of P prompts, of an extractor that compares them.
     """
 
-    moments: Moments | None = None
+    moments: Statistics | None = None
     features: Tensor | None = None
     logits: Tensor | None = None
     labels: Tensor | None = None
     pixels: Tensor | None = None
     texts: Tensor | None = None
     obeyed: Tensor | None = None
-    spatial: Moments | None = None
+    spatial: Statistics | None = None
     scores: Tensor | None = None
     diversity: Tensor | None = None
 
@@ -66,7 +68,7 @@ class Sample:
         found: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Moments):
+            if isinstance(value, Statistics):
                 found |= {f"{field.name}.{key}": part for key, part in value.state().items()}
             elif value is not None:
                 found[field.name] = value
@@ -78,8 +80,16 @@ class Sample:
         values: dict[str, typing.Any] = {field.name: tensors.get(field.name) for field in fields(cls)}
         for name in MOMENTS:
             state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            values[name] = Moments.from_state(state) if state else None
+            kind = ReferenceGaussian if "factor" in state else Moments
+            values[name] = kind.from_state(state) if state else None
         return cls(**values)
+
+    def as_reference(self) -> Sample:
+        """Return the same with the Gaussians of the moments in their place, whose factors every comparison would compute anew."""
+        gaussians: dict[str, typing.Any] = {
+            name: ReferenceGaussian.of(moments) for name in MOMENTS if (moments := getattr(self, name)) is not None
+        }
+        return replace(self, **gaussians)
 
     def missing(self, needs: Iterable[str]) -> list[str]:
         """Return which of these fields are not there."""

@@ -11,10 +11,13 @@ from metric_cases import F64, covariance, normal, sample_of
 from diffdistill.evaluation.metrics.frechet import (
     FrechetMetric,
     SpatialFrechetMetric,
-    covariance_factor,
     frechet_distance,
+    frechet_to_reference,
     jackknife_frechet,
+    quick_frechet,
 )
+from diffdistill.evaluation.metrics.gaussian import ReferenceGaussian
+from diffdistill.evaluation.metrics.jackknife import jackknife
 
 
 def test_frechet_of_diagonal_gaussians_is_the_closed_form():
@@ -62,15 +65,27 @@ def test_frechet_of_a_set_with_itself_is_zero_also_when_images_are_few(n):
     assert 0 <= found.value <= 1e-10 * 6000 / 60
 
 
-def test_frechet_with_fewer_samples_than_dimensions_is_exact():
-    # Two point pairs along orthogonal axes: covariances of rank one that share no direction, so nothing overlaps.
-    c1, c2 = torch.zeros(50, 50, dtype=F64), torch.zeros(50, 50, dtype=F64)
-    c1[0, 0], c2[1, 1] = 4.0, 9.0
-    basis = torch.linalg.qr(normal(50, 50)).Q
-    zero = torch.zeros(50, dtype=F64)
-    rotated = frechet_distance(zero, basis @ c1 @ basis.T, zero, basis @ c2 @ basis.T)
-    assert rotated.value == pytest.approx(13.0, rel=1e-12)
-    assert frechet_distance(zero, c1, zero, 4 * c1).value == pytest.approx(4.0, rel=1e-12)
+SHARED_AXES = {
+    "all": (range(60), range(60)),
+    "all of the few": (range(60), range(120)),
+    "some": (range(60), range(30, 90)),
+    "none": (range(60), range(60, 120)),
+    "all of one direction": (range(1), range(1)),
+    "all but one": (range(119), range(120)),
+}
+
+
+@pytest.mark.parametrize("axes", SHARED_AXES.values(), ids=SHARED_AXES)
+def test_frechet_with_fewer_samples_than_dimensions_is_exact(axes):
+    # Both covariances have variance along some of 120 common axes only. Along each axis the distance is (sd_1 - sd_2)^2.
+    basis = torch.linalg.qr(normal(120, 120)).Q
+    sd = torch.zeros(2, 120, dtype=F64)
+    for k in (0, 1):
+        sd[k, list(axes[k])] = torch.arange(1, 121, dtype=F64)[list(axes[k])] ** -0.6 * (7 + k)  # traces up to 280
+    covariances = [basis * row**2 @ basis.T for row in sd]
+    zero = torch.zeros(120, dtype=F64)
+    found = frechet_distance(zero, covariances[0], zero, covariances[1])
+    assert found.value == pytest.approx(float((sd[0] - sd[1]).square().sum()), rel=0, abs=1e-11)
 
 
 def test_frechet_is_never_negative():
@@ -79,23 +94,38 @@ def test_frechet_is_never_negative():
         assert frechet_distance(torch.zeros(12), c, torch.zeros(12), c * (1 + 1e-15)).value >= 0
 
 
-def test_factor_gives_the_covariance_back():
-    c = covariance(9, 0)
-    factor = covariance_factor(c)
-    assert torch.allclose(factor @ factor.T, c, rtol=0, atol=1e-13)
+def test_the_quick_form_is_the_same_distance():
+    sample = sample_of(normal(500, 20) @ covariance(20, 1) + 0.2, 5).moments
+    reference = ReferenceGaussian.of(sample_of(normal(700, 20, seed=2) @ covariance(20, 3)).moments)
+    assert quick_frechet(sample, reference) == pytest.approx(frechet_to_reference(sample, reference).value, rel=1e-11)
+    few = sample_of(normal(12, 20), 2).moments  # eigenvalues known to eps of the largest only: their roots to 1e-8
+    assert quick_frechet(few, reference) == pytest.approx(frechet_to_reference(few, reference).value, abs=1e-6)
+
+
+@pytest.mark.parametrize("exact_up_to", [0, 1000])
+@pytest.mark.parametrize("num_images", [400, 18])  # with 18 images for 20 features as well
+def test_distances_without_a_group_are_those_of_the_other_images(num_images, exact_up_to):
+    x = normal(num_images, 20) @ covariance(20, 1)
+    reference = ReferenceGaussian.of(sample_of(normal(700, 20, seed=2)).moments)
+    whole, deleted = jackknife_frechet(sample_of(x, 6).moments, reference, exact_up_to)
+    assert whole.value == pytest.approx(frechet_to_reference(sample_of(x).moments, reference).value, rel=1e-12)
+    groups = torch.arange(num_images) * 6 // num_images
+    expected = [frechet_to_reference(sample_of(x[groups != group]).moments, reference).value for group in range(6)]
+    assert deleted == pytest.approx(expected, rel=1e-9)
 
 
 def test_jackknife_lowers_the_bias_of_the_frechet_distance():
     d, n, repeats, true = 16, 400, 40, 16 * 0.1**2
-    factor, mean = covariance_factor(torch.eye(d, dtype=F64)), torch.full((d,), 0.1, dtype=F64)
-    found = [jackknife_frechet(sample_of(normal(n, d, seed=seed), 20).moments, mean, factor) for seed in range(repeats)]
-    plain = torch.tensor([whole.value for whole, _ in found])
-    corrected = torch.tensor([value.value for _, value in found])
+    reference = ReferenceGaussian(torch.full((d,), 0.1, dtype=F64), torch.eye(d, dtype=F64))
+    found = []
+    for seed in range(repeats):
+        whole, deleted = jackknife_frechet(sample_of(normal(n, d, seed=seed), 20).moments, reference)
+        found.append((whole.value, *jackknife(whole.value, deleted, [n // 20] * 20).estimate))
+    plain, corrected, claimed = torch.tensor(found).T
     error = float(corrected.std()) / math.sqrt(repeats)
     assert plain.mean() - true > 10 * error  # the plain estimate is far off
     assert abs(corrected.mean() - true) < 3 * error  # the corrected one is within its own error
-    claimed = torch.tensor([value.se for _, value in found]).mean()
-    assert 0.75 < claimed / corrected.std() < 1.33  # the spread of 40 repeats is itself known to 11 percent
+    assert 0.75 < claimed.mean() / corrected.std() < 1.33  # the spread of 40 repeats is itself known to 11 percent
 
 
 def test_frechet_metric_carries_the_jackknife_error_and_warns_when_images_are_few():
@@ -103,8 +133,14 @@ def test_frechet_metric_carries_the_jackknife_error_and_warns_when_images_are_fe
     values = FrechetMetric()(sample_of(normal(60, 6), 6), reference, 0)
     assert values["fid"].se == values["fid_jackknife"].se > 0
     assert values["fid_jackknife"].value < values["fid"].value
+    assert len(values["fid"].deleted) == 6
     with pytest.warns(UserWarning, match="singular"):
         FrechetMetric()(sample_of(normal(6, 6), 3), reference, 0)
+
+
+def test_the_gaussian_of_a_reference_stands_for_its_moments():
+    sample, reference = sample_of(normal(60, 6), 6), sample_of(normal(100, 6, seed=1))
+    assert FrechetMetric()(sample, reference.as_reference(), 0) == FrechetMetric()(sample, reference, 0)
 
 
 def test_sfid_is_the_frechet_metric_of_the_spatial_features():
