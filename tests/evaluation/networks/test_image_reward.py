@@ -163,6 +163,12 @@ def test_the_names_and_the_size_are_those_of_the_published_file():
     assert 0 < 1_786_880_927 - (4 * numbers + 8 * 512) < 400 * (len(parts) + len(UNUSED))
 
 
+def test_each_half_normalises_with_its_own_epsilon(network):
+    """Those of BLIP's vision transformer and of its med_config.json, too small for the twins to see everywhere."""
+    norms = {(name.split(".")[1], part.eps) for name, part in network.named_modules() if isinstance(part, torch.nn.LayerNorm)}
+    assert norms == {("visual_encoder", 1e-6), ("text_encoder", 1e-12)}
+
+
 def test_a_caption_is_35_tokens_of_bert(vocabulary):
     ids, mask = bert_tokens(vocabulary, 130)(CAPTIONS)
     number = {word: 103 + position for position, word in enumerate(WORDS)}
