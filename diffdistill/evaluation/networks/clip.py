@@ -121,11 +121,11 @@ def _tokenizer_in(folder: Path) -> Tokenizer:
 
     try:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no readable folder of open_clip: {error}") from error
+    except (OSError, ValueError, TypeError) as error:  # TypeError: transformers 4 without a vocabulary
+        raise UserError(f"{folder} is no readable folder of open_clip: its tokenizer, {error}") from error
     words = getattr(
         tokenizer, "tokenizer", None
-    )  # of transformers, which makes one without a vocabulary where the file is absent
+    )  # of transformers 5, which makes one without a vocabulary where the file is absent
     if words is not None and len(words) <= len(words.all_special_tokens):
         raise UserError(f"{folder} is no readable folder of open_clip: its tokenizer has no words. Is tokenizer.json there?")
     return tokenizer
