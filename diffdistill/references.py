@@ -14,12 +14,12 @@ from diffdistill.evaluation.collect import FEATURE_FIELDS
 from diffdistill.evaluation.extractors import open_extractor
 from diffdistill.evaluation.features import FeatureExtractor
 from diffdistill.evaluation.image_sources import open_images
-from diffdistill.evaluation.metrics.gaussian import ReferenceGaussian, covariance_factor
+from diffdistill.evaluation.metrics.gaussian import ReferenceGaussian
 from diffdistill.evaluation.metrics.registry import METRICS
 from diffdistill.evaluation.metrics.sample import Sample
 from diffdistill.evaluation.protocol import Protocol, View, load_protocol
 from diffdistill.evaluation.reference import NONE, REFERENCES, Reference, measure, provenance, reference_path, save_reference
-from diffdistill.evaluation.statistics_files import Format, Gaussian, Pipeline, StoredStatistics, read_statistics
+from diffdistill.evaluation.statistics_files import Format, Pipeline, read_statistics
 from diffdistill.evaluation.transforms import parse_transform, transform_images
 from diffdistill.files import sha256
 from diffdistill.models.conditioning import Asked
@@ -116,26 +116,18 @@ def _import(path: Path, protocol: Protocol, each: Comparing, format: Format) -> 
             f"{path}: no format of statistics is of images after {', '.join(view.transforms)}. Make them from images."
         )
     stored = read_statistics(path, Pipeline(view.extractor, view.resize), extractor.dim, format)
-    sample = Sample(moments=_gaussian(stored), features=stored.features, spatial=_spatial(stored))
-    if format == "adm" and "features" in needs:
-        sample = Sample(sample.moments, _features_of(path, each), spatial=sample.spatial)
+    from_images = format == "adm" and "features" in needs
+    sample = Sample(
+        moments=ReferenceGaussian.from_covariance(stored.mean, stored.covariance, stored.count),
+        features=_features_of(path, each) if from_images else stored.features,
+        spatial=None if stored.spatial is None else ReferenceGaussian.from_covariance(*stored.spatial, stored.count),
+    )
     if missing := sample.missing(needs & FEATURE_FIELDS):
         raise UserError(
             f"{path} holds no {' and '.join(missing)}, which {', '.join(view.metrics)} read. Make them from images."
         )
     facts = {"count": stored.count, "source": str(path), "format": format, "source_sha256": sha256(path)}
     return Reference(sample, {**provenance(protocol, view, extractor), **facts})
-
-
-def _gaussian(stored: StoredStatistics) -> ReferenceGaussian:
-    return ReferenceGaussian(stored.mean, covariance_factor(stored.covariance), stored.count)
-
-
-def _spatial(stored: StoredStatistics) -> ReferenceGaussian | None:
-    if stored.spatial is None:
-        return None
-    gaussian: Gaussian = stored.spatial
-    return ReferenceGaussian(gaussian.mean, covariance_factor(gaussian.covariance), stored.count)
 
 
 def _features_of(path: Path, each: Comparing) -> Tensor:

@@ -12,7 +12,7 @@ from diffdistill.data.shapes import parse_captions
 from diffdistill.evaluation.features import DiversityExtractor, FeatureExtractor, Features, ScoringExtractor, TextExtractor
 from diffdistill.evaluation.images import check_uint8_images, pixel_statistics
 from diffdistill.evaluation.metrics.sample import Sample
-from diffdistill.evaluation.moments import Moments
+from diffdistill.evaluation.moments import Moments, sums_device
 from diffdistill.evaluation.shapes_detector import obeyed
 from diffdistill.evaluation.transforms import Transform, transform_images
 from diffdistill.models.conditioning import Asked
@@ -126,8 +126,8 @@ class _ViewCollector:
         for name, values in (("moments", found.features), ("spatial", found.spatial)):
             if name in self.needs and values is not None:
                 if name not in self.moments:
-                    self.moments[name] = Moments(values.shape[1], self.num_groups)
-                self.moments[name].update(values.cpu(), groups)
+                    self.moments[name] = Moments(values.shape[1], self.num_groups, sums_device(values.device))
+                self.moments[name].update(values, groups)
         self._keep("features", found.features)
         self._keep("logits", found.logits)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import typing
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -109,23 +110,44 @@ def frechet_values(name: str, sample: Statistics | None, reference: Statistics |
 
 @dataclass(frozen=True)
 class FrechetMetric:
-    """`fid`: Frechet distance, lower is better; `fid_jackknife`: the same without its 1/N bias, with standard error."""
+    """NAME: Frechet distance, lower is better; NAME_jackknife: the same without its 1/N bias, with standard error.
 
+    Attributes:
+        name: fid, or what it is called of other features: sfid of spatial ones (layout counts), fd_dinov2, clip_fid, patch_fid.
+        field: of a `Sample`, where the moments are.
+    """
+
+    name: str = "fid"
+    field: Literal["moments", "spatial"] = "moments"
+    absolute: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The moments."""
+        return frozenset({self.field})
+
+    def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
+        """Return both distances."""
+        return frechet_values(self.name, getattr(sample, self.field), getattr(reference, self.field))
+
+
+@dataclass(frozen=True)
+class Dmd2FrechetMetric:
+    """`fid_dmd2`: the FID that DMD2's ImageNet script prints with this many processes, each of which starts its covariance at ones.
+
+    The sums of all processes together are then too large by as many matrices of ones, and the covariance by num_processes / (N - 1)
+    in every entry. It is no better estimate of anything; it says how much of a published number that is.
+    """
+
+    num_processes: int = 8
     needs: frozenset[str] = frozenset({"moments"})
     absolute: bool = False
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
-        """Return fid and fid_jackknife."""
-        return frechet_values("fid", sample.moments, reference.moments)
-
-
-@dataclass(frozen=True)
-class SpatialFrechetMetric:
-    """`sfid` and `sfid_jackknife`: `FrechetMetric` on features that say where in the image, so that layout counts."""
-
-    needs: frozenset[str] = frozenset({"spatial"})
-    absolute: bool = False
-
-    def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
-        """Return sfid and sfid_jackknife."""
-        return frechet_values("sfid", sample.spatial, reference.spatial)
+        """Return the distance."""
+        if not isinstance(sample.moments, Moments) or reference.moments is None:
+            raise TypeError(f"fid_dmd2 takes moments; got {type(sample.moments)} and {type(reference.moments)}.")
+        gaussian = ReferenceGaussian.of(reference.moments).to(sample.moments.device)
+        excess = self.num_processes / (sample.moments.count - 1)
+        factor = covariance_factor(sample.moments.covariance() + excess)
+        return {"fid_dmd2": Value(frechet_from_factors(sample.moments.mean(), factor, gaussian.mean, gaussian.factor).value)}

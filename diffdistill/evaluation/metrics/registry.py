@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from diffdistill.evaluation.metrics.captions import ClipScale, ClipScoreMetric, MeanScoreMetric, ObeyedMetric
-from diffdistill.evaluation.metrics.frechet import FrechetMetric, SpatialFrechetMetric
+from diffdistill.evaluation.metrics.frechet import Dmd2FrechetMetric, FrechetMetric
 from diffdistill.evaluation.metrics.inception_score import InceptionScoreMetric
 from diffdistill.evaluation.metrics.kernel import CmmdMetric, KernelMetric
 from diffdistill.evaluation.metrics.labels import AccuracyMetric, DiversityMetric
@@ -17,7 +17,11 @@ from diffdistill.evaluation.metrics.vendi import VendiMetric
 
 METRICS: dict[str, Metric] = {
     "fid": FrechetMetric(),
-    "sfid": SpatialFrechetMetric(),
+    "sfid": FrechetMetric("sfid", "spatial"),
+    "fd_dinov2": FrechetMetric("fd_dinov2"),
+    "clip_fid": FrechetMetric("clip_fid"),
+    "patch_fid": FrechetMetric("patch_fid"),
+    "fid_dmd2": Dmd2FrechetMetric(),
     "kid": KernelMetric(),
     "kid_normalised": KernelMetric(normalised=True),
     "cmmd": CmmdMetric(),

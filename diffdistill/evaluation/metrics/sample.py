@@ -109,7 +109,7 @@ class SampleSum:
         for name in MOMENTS:
             if (moments := getattr(part, name)) is not None:
                 if name not in self.moments:
-                    self.moments[name] = Moments(moments.dim, self.num_groups)
+                    self.moments[name] = Moments(moments.dim, self.num_groups, moments.device)
                 self.moments[name].include(moments, first_group)
         for field in fields(part):
             if isinstance(value := getattr(part, field.name), Tensor):

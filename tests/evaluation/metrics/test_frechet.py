@@ -9,8 +9,8 @@ import torch
 from metric_cases import F64, covariance, normal, sample_of
 
 from diffdistill.evaluation.metrics.frechet import (
+    Dmd2FrechetMetric,
     FrechetMetric,
-    SpatialFrechetMetric,
     frechet_distance,
     frechet_to_reference,
     jackknife_frechet,
@@ -147,6 +147,21 @@ def test_sfid_is_the_frechet_metric_of_the_spatial_features():
     spatial, real_spatial = sample_of(normal(60, 6, seed=2) * 2, 6), sample_of(normal(100, 6, seed=3))
     sample = replace(sample_of(normal(60, 4), 6), spatial=spatial.moments)
     reference = replace(sample_of(normal(100, 4, seed=1)), spatial=real_spatial.moments)
-    found, expected = SpatialFrechetMetric()(sample, reference, 0), FrechetMetric()(spatial, real_spatial, 0)
+    found, expected = FrechetMetric("sfid", "spatial")(sample, reference, 0), FrechetMetric()(spatial, real_spatial, 0)
     assert found == {"sfid": expected["fid"], "sfid_jackknife": expected["fid_jackknife"]}
     assert found["sfid"].value > 2 * FrechetMetric()(sample, reference, 0)["fid"].value
+
+
+def test_the_fid_of_dmd2s_script_has_a_matrix_of_ones_for_each_process():
+    sample, reference = sample_of(normal(50, 3, seed=1), 5), sample_of(normal(60, 3, seed=2) + 1)
+    moments = sample.moments
+    for processes in (0, 1, 8):
+        excess = torch.full((3, 3), processes / 49, dtype=F64)
+        expected = frechet_distance(
+            moments.mean(), moments.covariance() + excess, reference.moments.mean(), reference.moments.covariance()
+        )
+        found = Dmd2FrechetMetric(processes)(sample, reference, 0)["fid_dmd2"].value
+        assert found == pytest.approx(expected.value, rel=1e-9)
+    assert Dmd2FrechetMetric(0)(sample, reference, 0)["fid_dmd2"].value == pytest.approx(
+        FrechetMetric()(sample, reference, 0)["fid"].value, rel=1e-9
+    )
