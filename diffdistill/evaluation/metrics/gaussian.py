@@ -75,10 +75,31 @@ def covariance_factor(covariance: Tensor) -> Tensor:
         float64 (d, r), r the rank.
     """
     covariance = covariance.double()
+    varies = covariance.diagonal() > 0
+    if not varies.all():  # features that are zero for every image, as after a ReLU; on many of them `eigh` fails, too
+        factor = covariance_factor(covariance[varies][:, varies])
+        return torch.zeros(len(covariance), factor.shape[1], dtype=factor.dtype, device=factor.device).index_copy(
+            0, varies.nonzero()[:, 0], factor
+        )
+    if not len(covariance):
+        return covariance
     eps = torch.finfo(torch.float64).eps
     lower, failed_at = torch.linalg.cholesky_ex(covariance)
     if not failed_at and lower.diagonal().square().min() > eps**0.5 * covariance.diagonal().max():
         return lower
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values > len(values) * eps * values[-1].clamp(min=0)
+    values, vectors = _eigen(covariance)
+    kept = values > len(values) * eps * values.max().clamp(min=0)
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors, in any order; negative ones, which are rounding, may come out positive.
+
+    LAPACK's divide and conquer gives up on some matrices of very low rank, of four images say; the singular values take longer and
+    are found.
+    """
+    try:
+        return torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:
+        vectors, values, _ = torch.linalg.svd(covariance)
+        return values, vectors

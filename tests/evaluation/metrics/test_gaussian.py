@@ -49,3 +49,26 @@ def test_a_stored_sample_may_hold_the_gaussian_in_the_place_of_moments():
     assert torch.equal(again.moments.factor, sample.moments.factor)
     assert torch.equal(again.features, sample.features)
     assert again.as_reference().moments is again.moments
+
+
+def test_features_that_never_vary_have_no_part_in_the_factor():
+    x = torch.zeros(4, 300, dtype=F64)
+    x[:, ::10] = normal(4, 30)
+    covariance = x.T.cov()
+    factor = covariance_factor(covariance)
+    assert factor.shape == (300, 3) and bool((factor[1::10] == 0).all())
+    torch.testing.assert_close(factor @ factor.T, covariance)
+    assert covariance_factor(torch.zeros(5, 5, dtype=F64)).shape == (5, 0)
+
+
+def test_where_lapack_finds_no_eigenvalues_the_singular_values_serve(monkeypatch):
+    x = normal(4, 30)
+    expected = covariance_factor(x.T.cov())
+
+    def fail(_):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    found = covariance_factor(x.T.cov())
+    assert found.shape == expected.shape == (30, 3)
+    torch.testing.assert_close(found @ found.T, expected @ expected.T)
