@@ -100,6 +100,21 @@ def test_values_that_are_not_finite_are_refused(bad):
         to_uint8(torch.full((1, 1, 2, 2), bad))
 
 
+def test_one_bad_value_among_many_is_found_and_large_ones_are_not_bad():
+    images = torch.full((2, 3, 300, 300), 3e38)  # the sum is infinite
+    assert torch.equal(to_uint8(images), torch.full_like(images, 255, dtype=torch.uint8))
+    images[1, 2, 299, 299] = -math.inf
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        to_uint8(images)
+
+
+@pytest.mark.parametrize("rule", UINT8_RULES)
+def test_batches_of_any_size_and_layout_are_quantised_alike(rule):
+    images = (torch.rand(5, 3, 130, 131, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2).transpose(2, 3)
+    assert torch.equal(to_uint8(images, rule), UINT8_RULES[rule](images))
+    assert to_uint8(images[:0], rule).shape == (0, 3, 131, 130)
+
+
 def test_bytes_are_not_quantised_twice():
     with pytest.raises(ValueError, match="floating"):
         to_uint8(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
