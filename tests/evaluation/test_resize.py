@@ -33,6 +33,7 @@ SIZES = [
     ((5, 5), (1, 1)),
     ((2, 3), (5, 8)),
 ]
+USUAL = [((source,) * 2, (target,) * 2) for source in (32, 64, 128, 256, 512, 1024) for target in (224, 256, 299)]
 PIL_FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 
 
@@ -60,7 +61,7 @@ def row(*pixels):
 
 
 @pytest.mark.parametrize("filter", PIL_FILTERS)
-@pytest.mark.parametrize(("source", "target"), SIZES)
+@pytest.mark.parametrize(("source", "target"), [*SIZES, *(sizes for sizes in USUAL if sizes not in SIZES)])
 def test_bytes_are_pillows_bit_for_bit(source, target, filter):
     images = noise(*source)
     expected = torch.stack([by_pillow(image, target, filter) for image in images])
