@@ -198,7 +198,7 @@ def _imported(place: str) -> typing.Any:
     module, _, name = place.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # the last for no name before the colon
         raise UserError(
             f"extractor {place!r} cannot be imported: {error}. Write module:function of a function of yours."
         ) from error
