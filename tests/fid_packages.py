@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,11 +22,13 @@ from torch import Tensor
 from torchvision.models import Inception3
 
 from diffdistill.evaluation.evaluate import evaluate_images
+from diffdistill.evaluation.extractors import open_extractor
 from diffdistill.evaluation.features import FeatureExtractor
 from diffdistill.evaluation.protocol import Protocol, load_protocol
 from diffdistill.evaluation.reference import measure
 from diffdistill.evaluation.result import Evaluation
 from diffdistill.evaluation.views import open_views
+from diffdistill.evaluation.weights import FOLDER_VARIABLE, WeightStore
 
 CPU = torch.device("cpu")
 PROTOCOLS = {path.stem: load_protocol(path) for path in (Path(__file__).parent / "fid_protocols").glob("*.yaml")}
@@ -55,10 +59,11 @@ class Package(NamedTuple):
 
 
 def write_weights(network: Inception3, folder: Path) -> Path:
-    """Write what the packages look for, where they look for it when `folder` is torch.hub's."""
+    """Write what the packages look for, where they look for it when `folder` is torch.hub's; and add it to a store of ours."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_torchscript(network, folder / TORCHSCRIPT)
     write_state_dict(network, folder / "checkpoints" / STATE_DICT)
+    WeightStore(folder / "store").add("inception", [state_dict_file(folder)], link=True)
     return folder
 
 
@@ -89,6 +94,12 @@ def random_images(count: int, size: tuple[int, int], seed: int, brightness: floa
         contrast = 0.1 + 0.3 * torch.rand((), generator=generator)
         images.append(brightness + contrast * torch.nn.functional.interpolate(cloud, size, mode="bicubic"))
     return (255 * torch.cat(images)).round().clamp(0, 255).to(torch.uint8)
+
+
+def our_extractor(protocol: Protocol, weights: Path) -> FeatureExtractor:
+    """Open the extractor of a protocol's one view, on the CPU, as `diffdistill eval` does."""
+    with mock.patch.dict(os.environ, {FOLDER_VARIABLE: str(weights / "store")}):
+        return open_extractor(protocol.views[0], CPU)
 
 
 def score(

@@ -8,11 +8,12 @@ from torch import nn
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.evaluate import evaluate_images
-from diffdistill.evaluation.extractors import IMAGES_PER_PASS, NetworkExtractor, PairExtractor, open_extractor
-from diffdistill.evaluation.features import Features, ScoringExtractor, TextExtractor
+from diffdistill.evaluation.extractors import IMAGES_PER_PASS, NetworkExtractor, PairExtractor, SpreadExtractor, open_extractor
+from diffdistill.evaluation.features import DiversityExtractor, Features, ScoringExtractor, TextExtractor
 from diffdistill.evaluation.protocol import Protocol, View
 from diffdistill.evaluation.resize import resize
 from diffdistill.evaluation.views import open_views
+from diffdistill.evaluation.weights import FOLDER_VARIABLE
 
 SIZE, DIM = 6, 16
 CPU = torch.device("cpu")
@@ -52,6 +53,14 @@ class Judge(Network):
         return 1000 * images[:, 0, 0, 0] + torch.tensor([float(caption) for caption in captions])
 
 
+class Comparer(Network):
+    """It compares the images of a prompt: the variance of the red of their first pixels."""
+
+    def diversity(self, images):
+        self.seen.append(images)
+        return images[:, :, 0, 0, 0].var(1)
+
+
 def extractor_of(network, precision="float32", resize="identity", kind=NetworkExtractor):
     return kind(network, resize, precision, CPU)
 
@@ -85,6 +94,13 @@ def test_the_network_sees_resized_floats():
     extractor_of(network, resize="pil_bicubic_u8")(images(3, size=9))
     assert network.seen[1].dtype == torch.float32
     assert torch.equal(network.seen[1], resize(images(3, size=9), (SIZE, SIZE), "pil_bicubic_u8").float())
+
+
+def test_a_network_of_any_size_sees_images_as_large_as_they_are():
+    network = Comparer()
+    network.size = None
+    extractor_of(network, kind=SpreadExtractor).diversity(images(2, size=9)[None])
+    assert network.seen[0].shape == (1, 2, 3, 9, 9)
 
 
 def test_grey_images_are_seen_as_rgb_of_equal_channels():
@@ -180,7 +196,7 @@ def test_the_precision_of_the_view_reaches_the_numbers():
     assert exact != rough == pytest.approx(exact, rel=1e-2)
 
 
-# --- Captions
+# --- Captions and prompts
 
 
 def test_a_network_that_reads_is_a_text_extractor():
@@ -198,6 +214,17 @@ def test_each_image_is_scored_with_its_own_caption():
     assert torch.equal(scores, 1000 * many[:, 0, 0, 0].float() + torch.arange(len(many)))
     assert [len(part) for part in network.seen] == [IMAGES_PER_PASS, IMAGES_PER_PASS, 3]
     assert isinstance(open_extractor(view(f"{__name__}:Judge"), CPU), ScoringExtractor)
+
+
+def test_the_images_of_a_prompt_are_compared_among_themselves():
+    many, network = images(3 * 4), Comparer()
+    groups = many.unflatten(0, (3, 4))
+    expected = groups[:, :, 0, 0, 0].float().var(1)
+    assert torch.equal(extractor_of(network, kind=SpreadExtractor).diversity(groups), expected)
+    narrow = SpreadExtractor(network, "identity", "float32", CPU, images_per_pass=9)  # two prompts of four
+    torch.testing.assert_close(narrow.diversity(groups), expected)
+    assert [part.shape[:2] for part in network.seen] == [(3, 4), (2, 4), (1, 4)]
+    assert isinstance(open_extractor(view(f"{__name__}:Comparer"), CPU), DiversityExtractor)
 
 
 # --- Names and weights
@@ -231,14 +258,15 @@ def test_an_embedded_extractor_takes_images_as_they_are(fields):
     assert open_extractor(view("digits"), CPU).name == "digits"
 
 
-def test_weights_that_nobody_named_are_asked_for():
-    with pytest.raises(UserError, match="extractor 'inception' needs its weights"):
-        open_extractor(view("inception"), CPU)
+def test_weights_that_are_not_there_are_asked_for_and_nothing_takes_their_place(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match="there are no weights for 'inception'.*diffdistill weights add inception FILE"):
+        open_extractor(view("inception-pytorch-fid"), CPU)
 
 
-@pytest.mark.parametrize("weights", ["random:", "random:x", "random:-1", "random:1.5"])
-def test_random_weights_have_a_seed(weights):
-    with pytest.raises(UserError, match=f"weights '{weights}': random weights are written random:SEED"):
+@pytest.mark.parametrize("weights", ["random:", "random:x", "random:-1", "random:1.5", "/some/file.pt", "0"])
+def test_random_weights_have_a_seed_and_others_lie_in_the_store(weights):
+    with pytest.raises(UserError, match=f"weights '{weights}' are unknown.*written random:SEED"):
         open_extractor(view("inception"), CPU, weights)
 
 

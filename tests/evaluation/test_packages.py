@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fid_packages import PACKAGES, PROTOCOLS, frechet_distance, random_images, score, state_dict_file, write_pngs, write_weights
+from fid_packages import PACKAGES, PROTOCOLS, frechet_distance, our_extractor, random_images, score, write_pngs, write_weights
 from inception_files import torchvision_network
 
-from diffdistill.evaluation.extractors import open_extractor
 from diffdistill.evaluation.features import FeatureExtractor, Features
 from diffdistill.evaluation.metrics.inception_score import inception_score
 from diffdistill.evaluation.metrics.kernel import kernel_distance
@@ -49,8 +48,8 @@ def ours(weights):
     """FID by each protocol, through the whole evaluation."""
     found = {}
     for name, protocol in PROTOCOLS.items():
-        extractor = open_extractor(protocol.views[0], "cpu", str(state_dict_file(weights)))
-        found[name] = score(protocol.with_num_images(NUM_GENERATED), Thinned(extractor), GENERATED, REAL, ("fid",)).mean("fid")
+        thinned = Thinned(our_extractor(protocol, weights))
+        found[name] = score(protocol.with_num_images(NUM_GENERATED), thinned, GENERATED, REAL, ("fid",)).mean("fid")
     return found
 
 
