@@ -26,7 +26,7 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.features import Features
 from diffdistill.evaluation.networks.clip_towers import TOWERS, Tower, check_folder, tower_of
 from diffdistill.evaluation.networks.normalise import Normalise
-from diffdistill.evaluation.networks.weight_files import fill, read_weights
+from diffdistill.evaluation.networks.state_dict import fill, read_state_dict, widened
 from diffdistill.models.fingerprint import weights_fingerprint
 
 if typing.TYPE_CHECKING:
@@ -156,10 +156,10 @@ def _build(tower: Tower, seed: int = 0) -> nn.Module:
 def _read(path: Path, tower: Tower) -> nn.Module:
     """Return the network of the tower with the weights of a file, or of the file in a folder."""
     file = _weights_in(path) if path.is_dir() else path
-    stored = read_weights(file, tower.wanted)
+    stored = read_state_dict(file, tower.wanted)
     network = _build(tower)
     layout = from_transformers(stored) if TRANSFORMERS_MARK in stored else stored
-    fill(network, layout, file, f"the weights of {tower.name}", tower.wanted, ignored=OPENAI_SIZES)
+    fill(network, widened(layout, OPENAI_SIZES), file, f"the weights of {tower.name}", tower.wanted)
     rounded = _is_rounded(network)
     if tower.rounded is not None and rounded != tower.rounded:
         found, made_for = ("float16", "quick_gelu") if rounded else ("finer than float16", "gelu")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from diffdistill.errors import UserError
 from diffdistill.evaluation.networks.normalise import OPENAI_MEAN, OPENAI_STD, Normalise, check_captions
 from diffdistill.evaluation.networks.pair_scores import score_head
-from diffdistill.evaluation.networks.weight_files import fill, read_weights
+from diffdistill.evaluation.networks.state_dict import fill, read_state_dict, widened
 from diffdistill.models.fingerprint import weights_fingerprint
 
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of the training set
@@ -94,11 +94,10 @@ class ImageReward(nn.Module):
             UserError: a file is absent, damaged or of another network or language.
         """
         tokens = bert_tokens(Path(vocabulary), shape.num_words - 2)
-        stored = read_weights(Path(path), WANTED)
+        stored = widened(read_state_dict(path, WANTED), UNUSED)
         with torch.device("meta"):
             network = RewardNetwork(shape)
-        network.to_empty(device="cpu")
-        fill(network, stored, Path(path), "ImageReward", WANTED, ignored=UNUSED)
+        fill(network, stored, path, "ImageReward", WANTED)
         return cls(network, tokens)
 
     @classmethod

@@ -30,7 +30,7 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.networks.clip import Clip
 from diffdistill.evaluation.networks.clip_towers import TOWERS, Tower
 from diffdistill.evaluation.networks.normalise import check_captions
-from diffdistill.evaluation.networks.weight_files import fill, read_weights
+from diffdistill.evaluation.networks.state_dict import fill, read_state_dict
 from diffdistill.models.fingerprint import weights_fingerprint
 
 PICKSCORE = dataclasses.replace(
@@ -158,10 +158,11 @@ class Aesthetic(nn.Module):
         Raises:
             UserError: a file is absent, damaged or of another network.
         """
-        network = score_head(tower.embed_dim)
+        with torch.device("meta"):
+            network = score_head(tower.embed_dim)
         wanted = f"Give the path of {HEAD_FILE}; nothing is downloaded here."
-        stored = read_weights(Path(head), wanted)
-        fill(network, {name.removeprefix("layers."): part for name, part in stored.items()}, Path(head), "the head", wanted)
+        stored = {name.removeprefix("layers."): part for name, part in read_state_dict(head, wanted).items()}
+        fill(network, stored, head, "the head", wanted)
         return cls(Clip.load(clip, tower), network)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from diffdistill.errors import UserError
 
 
 def read_state_dict(path: str | Path, wanted: str) -> dict[str, Tensor]:
-    """Return the named tensors of a pickled state dict or of a TorchScript module, on the CPU.
+    """Return the named tensors of a file, on the CPU: safetensors, TorchScript, or a pickled state dict, also one inside a checkpoint.
 
     No code in the file is run but by TorchScript's own loader. `wanted` is the sentence that ends every message: which file
     belongs here.
@@ -26,16 +26,36 @@ def read_state_dict(path: str | Path, wanted: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no file {path}. {wanted}")
     try:
-        if _is_torchscript(path):
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # that TorchScript is deprecated
-                return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = _read(path)
     except Exception as error:  # torch's readers meet foreign bytes with a dozen kinds of error, AssertionError among them
         kind, size = type(error).__name__, path.stat().st_size
         raise UserError(f"{path} ({size:,} bytes) is cut off, or no file of weights ({kind}). {wanted}") from error
+    if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
+        stored = stored["state_dict"]
     if not isinstance(stored, Mapping):
         raise UserError(f"{path} holds a {type(stored).__name__} and no weights by name. {wanted}")
     return dict(stored)
+
+
+def widened(stored: Mapping[str, Tensor], without: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return a copy in which floats of any width are float32, the same numbers; some names left out."""
+    kept = {name: part for name, part in stored.items() if name not in without}
+    return {name: part.to(torch.float32, copy=True) if _is_float(part) else part for name, part in kept.items()}
+
+
+def _is_float(part: object) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if _is_torchscript(path):
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # that TorchScript is deprecated
+            return torch.jit.load(str(path), map_location="cpu").state_dict()
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -47,7 +67,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def fill(network: nn.Module, stored: Mapping[str, object], path: str | Path, what: str, wanted: str) -> None:
-    """Make the stored tensors the frozen parameters of a network that was built on the meta device; nothing is copied.
+    """Make the stored tensors the frozen parameters of a network, best of one built on the meta device; nothing is copied.
 
     Args:
         stored: what `read_state_dict` returned, under the names of the network.

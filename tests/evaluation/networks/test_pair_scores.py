@@ -115,7 +115,10 @@ def test_the_fingerprint_of_the_aesthetic_score_covers_tower_and_head():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"layers.0.weight": torch.zeros(1024, 512)}, r"0.weight is \(1024, 512\) torch.float32, not \(1024, 8\) floats"),
+        (
+            {"layers.0.weight": torch.zeros(1024, 512)},
+            r"0.weight is \(1024, 512\) torch.float32, not \(1024, 8\) torch.float32",
+        ),
         ({"layers.8.weight": torch.zeros(1)}, r"8.weight is \(1,\) torch.float32, not absent"),
     ],
 )
@@ -139,5 +142,5 @@ def test_a_truncated_or_wrong_pickscore_is_refused(tmp_path):
     stored = {name: part.contiguous() for name, part in transformers_clip(HUGE).state_dict().items()}
     del stored["visual_projection.weight"]
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="weights of pickscore .*visual.proj is missing.*yuvalkirstain/PickScore_v1"):
+    with pytest.raises(UserError, match="weights of pickscore .*visual.proj is absent.*yuvalkirstain/PickScore_v1"):
         PickScore.load(tmp_path / "model.safetensors", PICK)

@@ -4,10 +4,11 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.networks.state_dict import fill, read_state_dict
+from diffdistill.evaluation.networks.state_dict import fill, read_state_dict, widened
 
 WANTED = "Give the path of line.pth."
 
@@ -24,13 +25,15 @@ def weights():
 
 @pytest.fixture
 def files(weights, tmp_path):
-    """The weights as torch before 1.6 pickled them, as torch does today, and in TorchScript."""
+    """The weights as torch before 1.6 pickled them, as torch does today, in a checkpoint, in safetensors, and in TorchScript."""
     torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     torch.save(weights, tmp_path / "today.pth")
+    torch.save({"state_dict": weights, "epoch": 7}, tmp_path / "checkpoint.pt")
+    save_file(weights, tmp_path / "line.safetensors")
     module = nn.Linear(3, 2)
     module.load_state_dict(weights)
     torch.jit.script(module).save(str(tmp_path / "script.pt"))
-    return [tmp_path / name for name in ("old.pth", "today.pth", "script.pt")]
+    return [tmp_path / name for name in ("old.pth", "today.pth", "checkpoint.pt", "line.safetensors", "script.pt")]
 
 
 def test_every_kind_of_file_fills_a_network_with_frozen_weights(files):
@@ -45,6 +48,15 @@ def test_no_copy_is_made(weights):
     network = line()
     fill(network, weights, "file", "a line", WANTED)
     assert network.weight.data_ptr() == weights["weight"].data_ptr()
+
+
+def test_widened_weights_are_the_same_numbers_in_float32_and_a_copy(weights):
+    halves = {"weight": weights["weight"].half() / 3, "bias": weights["bias"], "steps": torch.tensor(4), "size": torch.ones(2)}
+    wide = widened(halves, without=["size", "never"])
+    assert wide.keys() == {"weight", "bias", "steps"}
+    assert wide["weight"].dtype == torch.float32 and torch.equal(wide["weight"], halves["weight"].float())
+    assert wide["steps"].dtype == torch.int64
+    assert wide["bias"].data_ptr() != weights["bias"].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -69,12 +81,11 @@ def test_absent_and_damaged_files_are_refused(files, tmp_path):
         read_state_dict(tmp_path / "absent.pth", WANTED)
     with pytest.raises(UserError, match="no file"):
         read_state_dict(tmp_path, WANTED)
-    damaged = tmp_path / "damaged"
     for path in files:
-        content = path.read_bytes()
+        damaged, content = tmp_path / f"damaged{path.suffix}", path.read_bytes()
         for length in (0, 1, len(content) // 2, len(content) - 20):
             damaged.write_bytes(content[:length])
-            with pytest.raises(UserError, match=r"damaged \([\d,]+ bytes\) is cut off, or no file of weights"):
+            with pytest.raises(UserError, match=r"damaged.* \([\d,]+ bytes\) is cut off, or no file of weights"):
                 read_state_dict(damaged, WANTED)
     torch.save([torch.zeros(1)], tmp_path / "list")
     with pytest.raises(UserError, match="list holds a list and no weights by name"):
