@@ -22,14 +22,14 @@ class Runner:
     Attributes:
         prompts: name of its file of prompts, in the folder of prompts.
         source: where that file is from.
-        images: what it asks for, as a phrase.
+        num_images: what it asks for.
         scorer: the command that scores a folder, with {folder} in it.
         module: reads its prompts and results, and writes its layout.
     """
 
     prompts: str
     source: str
-    images: str
+    num_images: int
     scorer: str
     module: Any
 
@@ -39,24 +39,28 @@ class Runner:
         Raises:
             UserError: the file is not there (the message says where it comes from and goes), or is another one.
         """
-        path = prompts_folder() / self.prompts
-        if not path.is_file():
-            raise UserError(f"the prompts are not there. Put {self.source} at {path}.")
-        return self.module.read_prompts(path)
+        if not self.path.is_file():
+            raise UserError(f"the prompts are not there. Put {self.source} at {self.path}.")
+        return self.module.read_prompts(self.path)
+
+    @property
+    def path(self) -> Path:
+        """Where the file of prompts is, or should be."""
+        return prompts_folder() / self.prompts
 
 
 RUNNERS = {
     "geneval": Runner(
         "geneval.jsonl",
         "prompts/evaluation_metadata.jsonl of the GenEval repository",
-        "553 prompts, four images each",
+        2212,
         "python evaluation/evaluate_images.py {folder} --outfile results.jsonl --model-path OBJECT_DETECTOR_FOLDER",
         geneval,
     ),
     "dpg": Runner(
         "dpg_bench.csv",
         "dpg_bench/dpg_bench.csv of the ELLA repository",
-        "1,065 prompts, a grid of four images each",
+        4260,
         "bash dpg_bench/dist_eval.sh {folder} RESOLUTION",
         dpg,
     ),

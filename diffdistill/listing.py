@@ -94,7 +94,15 @@ def _protocols() -> list[dict[str, Any]]:
         for p in found
     ]
     outside = [
-        {"name": name, "dataset": name, "images": runner.images, "blocks": 1, "hash": "", "metrics": ["by its own scorer"]}
+        {
+            "name": name,
+            "dataset": name,
+            "images": runner.num_images,
+            "blocks": 1,
+            "hash": "",
+            "metrics": ["by its own scorer"],
+            "lacks": [] if runner.path.is_file() else [f"prompts {runner.prompts}"],
+        }
         for name, runner in RUNNERS.items()
     ]
     return rows + outside

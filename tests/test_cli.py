@@ -449,7 +449,8 @@ def test_eval_and_compare_print_tables_and_json(trained, protocol, here, capsys,
     target = str(trained / "run")
     assert cli.main(["eval", target, "--protocol", protocol, "--steps", "1", "2", "-o", "student"]) == 0
     assert "FID" in capsys.readouterr().out
-    assert {path.name for path in Path("student").iterdir()} == {"steps-1.json", "steps-2.json", "report.json", "report.html"}
+    written = {"report.json", "report.html", *(f"steps-{n}.{kind}" for n in (1, 2) for kind in ("json", "safetensors"))}
+    assert {path.name for path in Path("student").iterdir()} == written
     assert cli.main(["eval", "digits-unet", "--protocol", protocol, "--json", "-o", "teacher"]) == 0
     report = json.loads(capsys.readouterr().out)["evaluations"]
     assert [entry["cost"]["nfe"] for entry in report] == [4] and report[0]["values"]["fid"]["mean"] > 0

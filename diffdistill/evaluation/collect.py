@@ -117,8 +117,9 @@ class _ViewCollector:
             self._take(self.extractor(images), groups)
         if captions is not None and "texts" in self.needs and isinstance(self.extractor, TextExtractor):
             self._keep("texts", self.extractor.texts(captions))
-        if captions is not None and "scores" in self.needs and isinstance(self.extractor, ScoringExtractor):
-            self._keep("scores", self.extractor.scores(images, captions))
+        scores = "scores" in self.needs and isinstance(self.extractor, ScoringExtractor)
+        if scores and (captions is not None or not self.extractor.reads):
+            self._keep("scores", self.extractor.scores(images, captions or [""] * len(images)))
         if "diversity" in self.needs and isinstance(self.extractor, DiversityExtractor):
             self._keep("diversity", self.extractor.diversity(images.unflatten(0, (-1, self.per_prompt))))
 

@@ -91,6 +91,11 @@ class ReadingExtractor(NetworkExtractor):
 class PairExtractor(NetworkExtractor):
     """A `NetworkExtractor` whose network scores images, together with their captions where it reads."""
 
+    @property
+    def reads(self) -> bool:
+        """Whether the captions count."""
+        return getattr(self.network, "reads", True)
+
     def scores(self, images: Tensor, captions: list[str]) -> Tensor:
         """Return the score of each of the uint8 images (B, 1 or 3, H, W), float32 (B,)."""
         parts = [slice(k, k + self.images_per_pass) for k in range(0, len(images), self.images_per_pass)]

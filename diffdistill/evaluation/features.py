@@ -58,6 +58,8 @@ class TextExtractor(FeatureExtractor, typing.Protocol):
 class ScoringExtractor(FeatureExtractor, typing.Protocol):
     """An extractor that also scores images, most of them together with what was asked for."""
 
+    reads: bool  # whether the score is of image and caption together
+
     def scores(self, images: Tensor, captions: list[str]) -> Tensor:
         """Return one score for each of the uint8 images (B, C, H, W) and its caption, float32 (B,)."""
         ...

@@ -28,6 +28,7 @@ from diffdistill.models.conditioning import Asked
 
 EVERYTHING = frozenset(field.name for field in fields(Sample))
 FOLDER_VARIABLE = "DIFFDISTILL_REFERENCES"
+LAYOUT = 2  # of the file; raised when it changes, so that older files are not found
 NONE = "none"  # the reference of a protocol that compares with no real images
 
 
@@ -197,7 +198,8 @@ def load_reference(path: str | Path, protocol: Protocol, view: View, extractor: 
 
 def reference_path(protocol: Protocol, view: View, extractor: FeatureExtractor, folder: str | Path | None = None) -> Path:
     """Return where the statistics of a view are kept; protocols that differ elsewhere share them."""
-    name = f"{protocol.reference}-{protocol.reference_hash(view)[:12]}-{extractor.fingerprint[:12]}.npz"
+    decided_by = f"{protocol.reference_hash(view)[:12]}-{extractor.fingerprint[:12]}"
+    name = f"{protocol.reference}-{decided_by}-{LAYOUT}.npz"
     return Path(folder or references_folder()) / name
 
 

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from diffdistill.errors import UserError
+from diffdistill.evaluation.collect import Collector, Seen
 from diffdistill.evaluation.evaluate import evaluate_images
 from diffdistill.evaluation.extractors import IMAGES_PER_PASS, NetworkExtractor, PairExtractor, SpreadExtractor, open_extractor
 from diffdistill.evaluation.features import DiversityExtractor, Features, ScoringExtractor, TextExtractor
 from diffdistill.evaluation.protocol import Protocol, View
 from diffdistill.evaluation.resize import resize
+from diffdistill.evaluation.transforms import Transform
 from diffdistill.evaluation.views import open_views
 from diffdistill.evaluation.weights import FOLDER_VARIABLE
 
@@ -286,3 +288,25 @@ def test_random_weights_stand_in_for_their_own_network_alone():
     assert other.name == "inception-pytorch-fid-random-0-INVALID"
     with pytest.raises(UserError, match="is for extractor 'inception'; got 'inception-pytorch-fid-random-0-INVALID'"):
         open_views(protocol(view("inception", resize="tf1_bilinear")), extractors={"inception": other})
+
+
+def test_a_score_of_images_alone_needs_no_captions_and_one_that_reads_is_skipped_without():
+    class Scorer(torch.nn.Module):
+        name, fingerprint, size = "scorer", "0" * 64, 8
+
+        def __init__(self, reads):
+            super().__init__()
+            self.reads = reads
+
+        def scores(self, images, captions):
+            return images.mean((1, 2, 3))
+
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for reads in (False, True):
+        extractor = PairExtractor(Scorer(reads), "identity", "float32", torch.device("cpu"))
+        collector = Collector([Seen(Transform(), extractor, frozenset({"scores"}))], torch.zeros(5, dtype=torch.int64))
+        collector.add(images)
+        [found[reads]] = collector.finish()
+    torch.testing.assert_close(found[False].scores, images.float().mean((1, 2, 3)))
+    assert found[True].scores is None

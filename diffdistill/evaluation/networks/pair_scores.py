@@ -131,6 +131,7 @@ class Aesthetic(nn.Module):
     """
 
     channels = 3
+    reads = False
 
     def __init__(self, tower: Clip, head: nn.Module, name: str = "aesthetic") -> None:
         super().__init__()
