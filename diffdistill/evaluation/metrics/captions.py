@@ -27,10 +27,8 @@ class ObeyedMetric:
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return the four shares, each with its binomial standard error."""
         assert sample.obeyed is not None, "needs"
-        shares = sample.obeyed.double().mean(0).tolist()
         names = ("obeyed_colours", "obeyed_shapes", "obeyed_sizes", "obeyed")
-        count = len(sample.obeyed)
-        return {name: Value(share, math.sqrt(share * (1 - share) / count)) for name, share in zip(names, shares, strict=True)}
+        return {name: share_value(each) for name, each in zip(names, sample.obeyed.T, strict=True)}
 
 
 ClipScale = Literal["cos", "100cos", "100cos+", "logit", "hessel"]
@@ -110,3 +108,10 @@ def mean_value(each: Tensor) -> Value:
     """Return the mean over N images with its standard error and the values themselves."""
     each = each.double()
     return Value(float(each.mean()), float(each.std()) / math.sqrt(len(each)), each)
+
+
+def share_value(each: Tensor) -> Value:
+    """Return the share of N images that are true, with its binomial standard error and the values themselves."""
+    each = each.double()
+    share = float(each.mean())
+    return Value(share, math.sqrt(share * (1 - share) / len(each)), each)

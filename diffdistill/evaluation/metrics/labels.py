@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffdistill.evaluation.metrics.captions import share_value
 from diffdistill.evaluation.metrics.sample import Sample, Value
 
 
@@ -15,8 +15,7 @@ def label_accuracy(logits: Tensor, labels: Tensor) -> Value:
     """Return the share of images whose class by the classifier, logits (N, K), is the one asked for, labels (N,)."""
     if logits.shape[:1] != labels.shape:
         raise ValueError(f"one label per image: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}.")
-    share = float((logits.argmax(1) == labels).double().mean())
-    return Value(share, math.sqrt(share * (1 - share) / len(labels)))
+    return share_value(logits.argmax(1) == labels)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.metrics.captions import ClipScoreMetric, MeanScoreMetric, clip_scores
+from diffdistill.evaluation.metrics.captions import ClipScoreMetric, MeanScoreMetric, ObeyedMetric, clip_scores
 from diffdistill.evaluation.metrics.registry import METRICS, metric_of
 from diffdistill.evaluation.metrics.sample import Sample
 
@@ -62,3 +62,16 @@ def test_each_score_is_of_one_network():
         "image_reward": "image-reward",
     }
     assert all(METRICS[name].name == name and METRICS[name].needs == {"scores"} for name in scored)
+
+
+def test_obeyed_is_the_share_of_images_and_keeps_what_each_obeys():
+    obeyed = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    found = ObeyedMetric()(Sample(obeyed=obeyed), Sample(), 0)
+    assert {name: value.value for name, value in found.items()} == {
+        "obeyed_colours": 0.75,
+        "obeyed_shapes": 0.5,
+        "obeyed_sizes": 0.25,
+        "obeyed": 0.25,
+    }
+    assert found["obeyed_shapes"].each.tolist() == [1, 1, 0, 0]
+    assert found["obeyed"].se == pytest.approx((0.25 * 0.75 / 4) ** 0.5)

@@ -16,6 +16,7 @@ def test_accuracy_of_labels_off_by_one_is_zero():
     assert label_accuracy(logits, (labels + 1) % 10).value == 0.0
     half = torch.where(torch.arange(20) < 10, labels, (labels + 1) % 10)
     assert label_accuracy(logits, half).estimate == (0.5, pytest.approx(math.sqrt(0.25 / 20)))
+    assert label_accuracy(logits, half).each.tolist() == [1.0] * 10 + [0.0] * 10
 
 
 def test_accuracy_wants_a_label_per_image():
