@@ -24,8 +24,10 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.readable import UNREADABLE, readable
 from diffdistill.evaluation.threads import ordered_map, usual_threads
 from diffdistill.evaluation.transforms import Picture, Transform, parse_transform, planes, to_picture, to_tensor
+from diffdistill.files import hash_json
 
-IMAGES_PER_JOB = 16  # decoded by one thread in one go
+IMAGES_PER_JOB, PIXELS_PER_JOB = 16, 1 << 20  # decoded by one thread in one go: so many images at most, and of so many pixels
+IMAGES_AHEAD, BYTES_AHEAD = 1024, 1 << 27  # decoded before the caller asks: enough to fill the time of a network's pass
 MODES = {
     "1": "black and white",
     "P": "a palette",
@@ -47,14 +49,16 @@ class ImageSource:
         names: of the images, in their order: paths in the folder or archive, numbers in an array.
         shape: channels, height and width of every image, after the transform.
         num_threads: threads that decode.
-        jobs: (start, stop) -> what gives the images of that range, piece by piece; made in order, done in any thread.
+        fingerprint: hex sha256 of the transforms and of names, sizes and times of change of the files: other images have another.
+        jobs: (start, stop, images of a job) -> what gives the images of that range, job by job; made in order, done in any thread.
     """
 
     path: Path
     names: Sequence[str]
     shape: Shape
     num_threads: int
-    jobs: Callable[[int, int], Iterator[Job]] = field(repr=False)
+    fingerprint: str
+    jobs: Callable[[int, int, int], Iterator[Job]] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,7 +66,7 @@ class ImageSource:
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Yield the images [start, stop) as uint8 (B, C, H, W), the last batch being what is left.
 
-        Threads decode about a batch, or a few images each, ahead of the caller; no more than that is held.
+        Threads decode ahead of the caller, up to IMAGES_AHEAD images and BYTES_AHEAD bytes, or two jobs for each thread.
 
         Raises:
             ValueError: the range does not lie in the source, or the batch size is not positive.
@@ -73,8 +77,11 @@ class ImageSource:
             raise ValueError(
                 f"batch_size must be positive and 0 <= start <= stop <= {len(self)}; got {batch_size}, {start}, {stop}."
             )
-        ahead = max(2 * self.num_threads, batch_size // IMAGES_PER_JOB)
-        pieces = ordered_map(lambda job: job(), self.jobs(start, stop), self.num_threads, ahead)
+        channels, height, width = self.shape
+        per_job = max(1, min(IMAGES_PER_JOB, PIXELS_PER_JOB // (height * width)))
+        ahead = min(IMAGES_AHEAD, BYTES_AHEAD // (channels * height * width)) // per_job
+        jobs = self.jobs(start, stop, per_job)
+        pieces = ordered_map(lambda job: job(), jobs, self.num_threads, max(2 * self.num_threads, ahead))
         yield from _rebatched(pieces, batch_size)
 
 
@@ -96,7 +103,22 @@ def open_images(path: str | Path, transforms: Sequence[str] = (), num_threads: i
         raise UserError(
             f"{path} is no set of images. Name a folder of images, a .zip of one, or uint8 (N, H, W, 3) in an .npz (as arr_0) or .npy."
         )
-    return _OPENERS[kind](path, transform, num_threads or usual_threads())
+    names, shape, jobs = _OPENERS[kind](path, transform)
+    files = [path / name for name in names] if kind == "folder" else [path]
+    found = {
+        "transforms": list(transforms),
+        "names": names,
+        "files": [(s.st_size, s.st_mtime_ns) for s in map(Path.stat, files)],
+    }
+    return ImageSource(path, names, shape, num_threads or usual_threads(), hash_json(found), jobs)
+
+
+class _Opened(NamedTuple):
+    """What an opener finds; the attributes of `ImageSource` of these names."""
+
+    names: list[str]
+    shape: Shape
+    jobs: Callable[[int, int, int], Iterator[Job]]
 
 
 def _rebatched(pieces: Iterator[Tensor], batch_size: int) -> Iterator[Tensor]:
@@ -126,32 +148,32 @@ class _Encoded(NamedTuple):
     transform: Transform
 
 
-def _open_folder(path: Path, transform: Transform, num_threads: int) -> ImageSource:
+def _open_folder(path: Path, transform: Transform) -> _Opened:
     files = sorted((file.relative_to(path) for file in image_files(path.rglob("*"))), key=lambda file: file.parts)
     names = [file.as_posix() for file in files]
     images = _Encoded(names, lambda name: (path / name).read_bytes(), lambda name: str(path / name), transform)
-    return _encoded(path, images, num_threads)
+    return _encoded(path, images)
 
 
-def _open_zip(path: Path, transform: Transform, num_threads: int) -> ImageSource:
+def _open_zip(path: Path, transform: Transform) -> _Opened:
     with readable(path, "a zip of images"):
         archive = zipfile.ZipFile(path)
     members = {name: PurePosixPath(name) for name in archive.namelist()}
     chosen = [name for name, file in members.items() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
     names = sorted(chosen, key=lambda name: members[name].parts)
-    return _encoded(path, _Encoded(names, archive.read, lambda name: f"{path}/{name}", transform), num_threads)
+    return _encoded(path, _Encoded(names, archive.read, lambda name: f"{path}/{name}", transform))
 
 
-def _encoded(path: Path, images: _Encoded, num_threads: int) -> ImageSource:
+def _encoded(path: Path, images: _Encoded) -> _Opened:
     if not images.names:
         raise UserError(f"no images in {path}. Known endings: {', '.join(IMAGE_SUFFIXES)}.")
     first = planes(_decoded(images, images.names[0])).shape
 
-    def jobs(start: int, stop: int) -> Iterator[Job]:
-        for k in range(start, stop, IMAGES_PER_JOB):
-            yield functools.partial(_read_files, images, images.names[k : min(k + IMAGES_PER_JOB, stop)], first)
+    def jobs(start: int, stop: int, per_job: int) -> Iterator[Job]:
+        for k in range(start, stop, per_job):
+            yield functools.partial(_read_files, images, images.names[k : min(k + per_job, stop)], first)
 
-    return ImageSource(path, images.names, first, num_threads, jobs)
+    return _Opened(images.names, first, jobs)
 
 
 def _read_files(images: _Encoded, names: list[str], shape: Shape) -> Tensor:
@@ -220,17 +242,17 @@ class _Header(NamedTuple):
     begin: int
 
 
-def _open_array(path: Path, transform: Transform, num_threads: int) -> ImageSource:
+def _open_array(path: Path, transform: Transform) -> _Opened:
     with readable(path, "images"), _array_file(path) as file:
         header = _read_header(file, path)
     names = [f"{k:06d}" for k in range(header.num_images)]
 
-    def jobs(start: int, stop: int) -> Iterator[Job]:
-        for first, rows in _row_blocks(path, header, start, stop):
+    def jobs(start: int, stop: int, per_job: int) -> Iterator[Job]:
+        for first, rows in _row_blocks(path, header, range(start, stop, per_job), stop):
             yield functools.partial(_transform_rows, rows, transform, f"{path}, image", first)
 
-    channels, height, width = next(jobs(0, 1))().shape[1:]
-    return ImageSource(path, names, (channels, height, width), num_threads, jobs)
+    channels, height, width = next(jobs(0, 1, 1))().shape[1:]
+    return _Opened(names, (channels, height, width), jobs)
 
 
 @contextlib.contextmanager
@@ -262,13 +284,13 @@ def _read_header(file: IO[bytes], path: Path) -> _Header:
     return _Header(shape[0], shape[1:], file.tell())
 
 
-def _row_blocks(path: Path, header: _Header, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+def _row_blocks(path: Path, header: _Header, starts: range, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the number of the first image of each block, and the block, (n, H, W, C)."""
     size = math.prod(header.row)
     with readable(path, "images"), _array_file(path) as file:
-        file.seek(header.begin + start * size)
-        for first in range(start, stop, IMAGES_PER_JOB):
-            count = min(IMAGES_PER_JOB, stop - first)
+        file.seek(header.begin + starts.start * size)
+        for first in starts:
+            count = min(starts.step, stop - first)
             pixels = file.read(count * size)
             if len(pixels) < count * size:
                 raise EOFError(f"{header.num_images} images are announced")
@@ -284,7 +306,7 @@ def _transform_rows(rows: np.ndarray, transform: Transform, where: str, first: i
     )
 
 
-_OPENERS: dict[str, Callable[[Path, Transform, int], ImageSource]] = {
+_OPENERS: dict[str, Callable[[Path, Transform], _Opened]] = {
     "folder": _open_folder,
     ".zip": _open_zip,
     ".npz": _open_array,

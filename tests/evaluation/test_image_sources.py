@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -76,7 +77,6 @@ def collected(source, batch_size=7, **span):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_same_bytes_in_the_same_order(tmp_path, kind, channels):
     images = numbered_images(53, channels)
-    images = images.contiguous()
     source = open_images(kind(tmp_path, images), num_threads=3)
     assert len(source) == 53 and source.shape == (channels, 4, 5)
     batches = list(source.batches(20))
@@ -142,7 +142,7 @@ def test_exif_orientation_is_not_applied(tmp_path):
     assert open_images(tmp_path).shape == (3, 4, 8)
 
 
-def test_no_more_than_a_batch_is_decoded_ahead(tmp_path, monkeypatch):
+def test_what_is_decoded_ahead_is_bounded(tmp_path, monkeypatch):
     decoded = []
     original = image_sources._decoded
 
@@ -150,13 +150,45 @@ def test_no_more_than_a_batch_is_decoded_ahead(tmp_path, monkeypatch):
         decoded.append(name)
         return original(images, name)
 
-    source = open_images(fill(tmp_path / "folder", numbered_images(600)), num_threads=2)
+    source = open_images(fill(tmp_path / "folder", numbered_images(400)), num_threads=2)
     monkeypatch.setattr(image_sources, "_decoded", counting)
-    batches = source.batches(64)
-    next(batches)
-    assert len(decoded) <= 64 + 64 + image_sources.IMAGES_PER_JOB
-    batches.close()
+    for limit, value in (("IMAGES_AHEAD", 100), ("BYTES_AHEAD", 100 * 3 * 4 * 5)):
+        monkeypatch.setattr(image_sources, limit, value)
+        decoded.clear()
+        batches = source.batches(16)
+        next(batches)
+        time.sleep(0.05)
+        assert 64 <= len(decoded) <= 16 + 100 + 16
+        batches.close()
+        monkeypatch.undo()
+        monkeypatch.setattr(image_sources, "_decoded", counting)
     assert not any(thread.name.startswith("ThreadPool") for thread in threading.enumerate())
+
+
+def test_large_images_are_few_in_a_job(tmp_path, monkeypatch):
+    sizes = []
+    original = image_sources._read_files
+
+    def counting(images, names, shape):
+        sizes.append(len(names))
+        return original(images, names, shape)
+
+    monkeypatch.setattr(image_sources, "_read_files", counting)
+    monkeypatch.setattr(image_sources, "PIXELS_PER_JOB", 4 * 5 * 3)
+    images = numbered_images(7)
+    assert torch.equal(collected(open_images(fill(tmp_path, images))), images)
+    assert sorted(sizes) == [1, 3, 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fingerprint_changes_with_the_files_and_the_transforms(tmp_path, kind):
+    path = kind(tmp_path, numbered_images(3))
+    first = open_images(path).fingerprint
+    assert open_images(path).fingerprint == first
+    assert open_images(path, ["center_crop"]).fingerprint != first
+    file = path / "000001.png" if path.is_dir() else path
+    os.utime(file, (1, 1))
+    assert open_images(path).fingerprint != first
 
 
 @pytest.mark.parametrize("kind", [as_npz, as_npy])
@@ -170,6 +202,7 @@ def test_an_array_is_not_read_whole(tmp_path, kind, monkeypatch):
         return original(rows, *rest)
 
     monkeypatch.setattr(image_sources, "_transform_rows", counting)
+    monkeypatch.setattr(image_sources, "IMAGES_AHEAD", 16)
     source = open_images(kind(tmp_path, images), num_threads=1)
     assert sum(read) == 1  # the shape
     assert torch.equal(next(source.batches(10, start=200)), images[200:210])
