@@ -16,7 +16,7 @@ import torch
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.result import Evaluation
-from diffdistill.files import hash_json, write_atomic, write_json
+from diffdistill.files import write_atomic, write_json
 from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.generate import Generate
 from diffdistill.targets import AnySampler, Target, is_model, open_target
@@ -199,9 +199,7 @@ class _Scorer:
             self.protocol,
             self._report(str(target)),
             views=self.views,
-            keeping=self._keeping(
-                IMAGES, {"images": str(Path(target).resolve()), "names": hash_json({"names": list(source.names)})}
-            ),
+            keeping=self._keeping(IMAGES, {"images": str(Path(target).resolve()), "files": source.fingerprint}),
             processes=self.processes,
         )
 

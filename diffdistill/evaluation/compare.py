@@ -13,21 +13,31 @@ from diffdistill.evaluation.table import Row, table
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows by name, and what differs in the way they were measured (empty unless the comparison was forced)."""
+    """Rows by name, what differs in the way they were measured (empty unless the comparison was forced), and what can be said.
+
+    Attributes:
+        sentences: of each value of each row but the first, whether it differs from the first's, with error and p value.
+    """
 
     rows: tuple[Row, ...]
     differences: tuple[str, ...]
+    sentences: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return the table for a terminal, with a warning below it where the rows do not compare."""
         lines = [table(self.rows)]
         if self.differences:
             lines += ["", "These rows do not compare:", *(f"  {difference}" for difference in self.differences)]
+        lines += ["", *self.sentences] if self.sentences else []
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return rows and differences as plain values."""
-        return {"rows": [asdict(row) for row in self.rows], "differences": list(self.differences)}
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "differences": list(self.differences),
+            "sentences": list(self.sentences),
+        }
 
 
 def differences(reports: Mapping[str, Evaluation]) -> tuple[str, ...]:
@@ -62,7 +72,18 @@ def compare(reports: Mapping[str, Evaluation], force: bool = False) -> Compariso
             + "\n  ".join(found)
             + "\nEvaluate them under one protocol, or use --force to see them side by side all the same."
         )
-    return Comparison(tuple(Row.from_evaluation(name, report) for name, report in reports.items()), found)
+    rows = tuple(Row.from_evaluation(name, report) for name, report in reports.items())
+    return Comparison(rows, found, () if found else _against_the_first(reports))
+
+
+def _against_the_first(reports: Mapping[str, Evaluation]) -> tuple[str, ...]:
+    """Return what can be said of every value of the others beside the first's."""
+    from diffdistill.evaluation.significance import compare_values
+
+    (name, first), *others = reports.items()
+    return tuple(
+        difference.sentence(name, other) for other, report in others for difference in compare_values(first, report).values()
+    )
 
 
 def _deciding(report: Evaluation) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def table(rows: Sequence[Row], width: int | None = None) -> str:
     columns = columns_of(rows)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        grid.add_column(column.title, justify="right" if index else "left", no_wrap=index > 0)
+        grid.add_column(column.title, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(column.text(row)) for column in columns))
     width = max(100, shutil.get_terminal_size().columns) if width is None else width
