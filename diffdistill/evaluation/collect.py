@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,11 +117,13 @@ class _ViewCollector:
             self._take(self.extractor(images), groups)
         if captions is not None and "texts" in self.needs and isinstance(self.extractor, TextExtractor):
             self._keep("texts", self.extractor.texts(captions))
-        scores = "scores" in self.needs and isinstance(self.extractor, ScoringExtractor)
-        if scores and (captions is not None or not self.extractor.reads):
+        if "scores" in self.needs and isinstance(self.extractor, ScoringExtractor) and self._can_score(captions):
             self._keep("scores", self.extractor.scores(images, captions or [""] * len(images)))
         if "diversity" in self.needs and isinstance(self.extractor, DiversityExtractor):
             self._keep("diversity", self.extractor.diversity(images.unflatten(0, (-1, self.per_prompt))))
+
+    def _can_score(self, captions: list[str] | None) -> bool:
+        return captions is not None or (isinstance(self.extractor, ScoringExtractor) and not self.extractor.reads)
 
     def _take(self, found: Features, groups: Tensor) -> None:
         for name, values in (("moments", found.features), ("spatial", found.spatial)):
@@ -138,8 +140,8 @@ class _ViewCollector:
 
     def sample(self, labels: Tensor | None, pixels: Tensor | None, obeys: Tensor | None) -> Sample:
         common = {"labels": labels, "pixels": pixels, "obeyed": obeys}
-        own = {**self.moments, **{name: torch.cat(parts) for name, parts in self.kept.items()}}
-        return Sample(**own, **{name: value for name, value in common.items() if name in self.needs})
+        fields: dict[str, Any] = {name: value for name, value in common.items() if name in self.needs}
+        return Sample(**fields | self.moments | {name: torch.cat(parts) for name, parts in self.kept.items()})
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:

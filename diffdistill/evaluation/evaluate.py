@@ -293,10 +293,14 @@ def _run(
 
 def _reporting(parts: Sequence[Range], progress: Progress | None) -> Iterator[tuple[Range, Progress | None]]:
     """Yield each part with a callback that counts the images of those before it."""
-    total, done = sum(part.count for part in parts), 0
+    total, done = sum(part.num_images for part in parts), 0
     for part in parts:
-        yield part, None if progress is None else lambda count, _, done=done: progress(done + count, total)
-        done += part.count
+        yield part, None if progress is None else _after(done, total, progress)
+        done += part.num_images
+
+
+def _after(done: int, total: int, progress: Progress) -> Progress:
+    return lambda count, _: progress(done + count, total)
 
 
 # --- Scores
@@ -323,7 +327,7 @@ class _Scorer:
             "protocol": self.protocol.hash,
             "target": dict(target),
             "extractors": [[view.extractor.name, view.extractor.fingerprint, sorted(view.seen.needs)] for view in self.views],
-            "images_per_part": blocks[0][0].count,
+            "images_per_part": blocks[0][0].num_images,
         }
 
     def _start_block(self) -> None:
@@ -335,7 +339,7 @@ class _Scorer:
         for total, sample in zip(self.sums, content.samples, strict=True):
             total.add(sample, content.first_group)
         self.times, self.device = self.times + content.times, content.device
-        self.count += part.count
+        self.count += part.num_images
         if self.count == self.protocol.num_images:
             with self._timed("metrics"):
                 self.blocks.append(self._score())

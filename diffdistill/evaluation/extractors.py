@@ -33,9 +33,13 @@ class FeatureNetwork(typing.Protocol):
 
     name: str
     fingerprint: str
-    size: int | None  # None for any
 
-    def to(self, device: torch.device) -> FeatureNetwork:
+    @property
+    def size(self) -> int | None:
+        """Side of the images that it takes, None for any."""
+        ...
+
+    def to(self, device: torch.device, /) -> typing.Any:
         """Return the network on a device."""
         ...
 
@@ -70,13 +74,15 @@ class NetworkExtractor:
         """Return the features of uint8 images (B, 1 or 3, H, W), float32."""
         with computing(self.precision):
             passes = [self.network(self._seen(part)) for part in images.split(self.images_per_pass)]
-        fields = zip(*passes, strict=True)
-        return Features(*(None if parts[0] is None else torch.cat(parts).float() for parts in fields))
+        features, *others = zip(*passes, strict=True)
+        return Features(
+            torch.cat(features).float(), *(None if parts[0] is None else torch.cat(parts).float() for parts in others)
+        )
 
     def _seen(self, images: Tensor) -> Tensor:
         check_uint8_images(images)
-        size = tuple(images.shape[-2:]) if self.network.size is None else (self.network.size, self.network.size)
-        return resize(images.to(self.device), size, self.resize).float().expand(-1, 3, -1, -1)
+        height, width = images.shape[-2:] if self.network.size is None else (self.network.size,) * 2
+        return resize(images.to(self.device), (height, width), self.resize).float().expand(-1, 3, -1, -1)
 
 
 class ReadingExtractor(NetworkExtractor):

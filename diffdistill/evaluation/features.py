@@ -37,8 +37,16 @@ class FeatureExtractor(typing.Protocol):
     name: str
     fingerprint: str  # hex sha256 of the weights; statistics made with another fingerprint are refused
     dim: int  # d, the length of one feature vector
-    channels: int | None  # channels accepted, None for any
-    size: int | None  # side accepted, None for any
+
+    @property
+    def channels(self) -> int | None:
+        """Channels accepted, None for any."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """Side accepted, None for any."""
+        ...
 
     def __call__(self, images: Tensor) -> Features:
         """Return the features of uint8 images (B, C, H, W)."""
@@ -117,9 +125,8 @@ class CallableExtractor:
         check_uint8_images(images, self.channels, self.size)
         with strict_float32():
             result = self.function(images)
-        found = Features(*result) if isinstance(result, tuple) else Features(result)
-        if tuple(found.features.shape) != (len(images), self.dim):
-            raise ValueError(
-                f"extractor {self.name!r} must return features ({len(images)}, {self.dim}); got {tuple(found.features.shape)}."
-            )
-        return Features(*(None if part is None else part.float() for part in found))
+        features, *others = result if isinstance(result, tuple) else (result,)
+        if features is None or tuple(features.shape) != (len(images), self.dim):
+            got = None if features is None else tuple(features.shape)
+            raise ValueError(f"extractor {self.name!r} must return features ({len(images)}, {self.dim}); got {got}.")
+        return Features(features.float(), *(None if part is None else part.float() for part in others))

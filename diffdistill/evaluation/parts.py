@@ -29,7 +29,7 @@ class Range(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def num_images(self) -> int:
         """Number of images."""
         return self.stop - self.start
 

@@ -62,7 +62,7 @@ def _products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
 
 def _operations() -> list[Any]:
     """Return the operations whose precision torch sets one by one, from torch 2.9 on."""
-    backends = torch.backends
+    backends: Any = torch.backends
     if not hasattr(backends.mkldnn, "conv"):
         return []
     return [

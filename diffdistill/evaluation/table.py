@@ -129,6 +129,7 @@ def table(rows: Sequence[Row], width: int | None = None) -> str:
     for row in rows:
         grid.add_row(*(Text(column.text(row)) for column in columns))
     width = max(100, shutil.get_terminal_size().columns) if width is None else width
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=False, color_system=None)
     console.print(grid)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")

@@ -26,9 +26,8 @@ class ObeyedMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return the four shares, each with its binomial standard error."""
-        assert sample.obeyed is not None, "needs"
         names = ("obeyed_colours", "obeyed_shapes", "obeyed_sizes", "obeyed")
-        return {name: share_value(each) for name, each in zip(names, sample.obeyed.T, strict=True)}
+        return {name: share_value(each) for name, each in zip(names, sample.tensor("obeyed").T, strict=True)}
 
 
 ClipScale = Literal["cos", "100cos", "100cos+", "logit", "hessel"]
@@ -80,8 +79,11 @@ class ClipScoreMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return the mean with its standard error."""
-        assert sample.features is not None and sample.texts is not None, "needs"
-        return {"clip_score": mean_value(clip_scores(sample.features, sample.texts, self.scale, self.logit_scale))}
+        return {
+            "clip_score": mean_value(
+                clip_scores(sample.tensor("features"), sample.tensor("texts"), self.scale, self.logit_scale)
+            )
+        }
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,7 @@ class MeanScoreMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return the mean with its standard error."""
-        assert sample.scores is not None, "needs"
-        return {self.name: mean_value(sample.scores)}
+        return {self.name: mean_value(sample.tensor("scores"))}
 
 
 def mean_value(each: Tensor) -> Value:

@@ -55,10 +55,11 @@ class InceptionScoreMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return inception_score; warns when the images of a split are fewer than the classes, which caps it."""
-        num_images, num_classes = len(sample.logits) // self.num_splits, sample.logits.shape[1]
+        logits = sample.tensor("logits")
+        num_images, num_classes = len(logits) // self.num_splits, logits.shape[1]
         if num_images < num_classes:
             warnings.warn(
                 f"{num_images} images in a split for {num_classes} classes: the Inception Score is capped by the images.",
                 stacklevel=2,
             )
-        return {"inception_score": inception_score(sample.logits, self.num_splits)}
+        return {"inception_score": inception_score(logits, self.num_splits)}

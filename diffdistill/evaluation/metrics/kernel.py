@@ -87,8 +87,9 @@ class KernelMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return kid and kid_subset_sd."""
-        scale = float(reference.features.double().square().sum(1).mean()) if self.normalised else None
-        mean, spread = kernel_distance(sample.features, reference.features, self.num_subsets, self.subset_size, seed, scale)
+        ours, real = sample.tensor("features"), reference.tensor("features")
+        scale = float(real.double().square().sum(1).mean()) if self.normalised else None
+        mean, spread = kernel_distance(ours, real, self.num_subsets, self.subset_size, seed, scale)
         return {"kid": Value(mean), "kid_subset_sd": Value(spread)}
 
 
@@ -107,5 +108,5 @@ class CmmdMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return cmmd over all images of both; the biased estimator compares at equal numbers only."""
-        mmd2 = gaussian_mmd2(unit_rows(sample.features), unit_rows(reference.features), self.sigma)
+        mmd2 = gaussian_mmd2(unit_rows(sample.tensor("features")), unit_rows(reference.tensor("features")), self.sigma)
         return {"cmmd": Value(self.scale * mmd2)}

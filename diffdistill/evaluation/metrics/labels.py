@@ -27,7 +27,7 @@ class AccuracyMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return accuracy with its binomial standard error."""
-        return {"accuracy": label_accuracy(sample.logits, sample.labels)}
+        return {"accuracy": label_accuracy(sample.tensor("logits"), sample.tensor("labels"))}
 
 
 def within_class_variance(features: Tensor, labels: Tensor) -> float:
@@ -52,5 +52,5 @@ class DiversityMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return diversity."""
-        real = within_class_variance(reference.features, reference.labels)
-        return {"diversity": Value(within_class_variance(sample.features, sample.labels) / real)}
+        ours, real = (within_class_variance(each.tensor("features"), each.tensor("labels")) for each in (sample, reference))
+        return {"diversity": Value(ours / real)}

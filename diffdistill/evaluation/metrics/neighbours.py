@@ -68,8 +68,9 @@ def seeded_subset(x: Tensor, size: int, seed: int) -> Tensor:
 
 def equal_subsets(sample: Sample, reference: Sample, max_images: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return features of both in seeded subsets of the size of the smaller set, at most `max_images`: shares depend on N and M."""
-    size = min(max_images, len(sample.features), len(reference.features))
-    return seeded_subset(sample.features, size, seed), seeded_subset(reference.features, size, seed)
+    ours, real = sample.tensor("features"), reference.tensor("features")
+    size = min(max_images, len(ours), len(real))
+    return seeded_subset(ours, size, seed), seeded_subset(real, size, seed)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,6 @@ class PixelMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return both means with their standard errors."""
-        means = sample.pixels.mean(0).tolist()
-        errors = (sample.pixels.std(0) / math.sqrt(len(sample.pixels))).tolist()
+        pixels = sample.tensor("pixels")
+        means, errors = pixels.mean(0).tolist(), (pixels.std(0) / math.sqrt(len(pixels))).tolist()
         return {name: Value(*pair) for name, *pair in zip(("saturated", "contrast"), means, errors, strict=True)}

@@ -47,8 +47,7 @@ class PromptSpreadMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return the mean with its standard error over prompts."""
-        assert sample.features is not None, "needs"
-        return {"prompt_diversity": mean_value(prompt_spread(sample.features, self.per_prompt))}
+        return {"prompt_diversity": mean_value(prompt_spread(sample.tensor("features"), self.per_prompt))}
 
 
 @dataclass(frozen=True)
@@ -60,5 +59,4 @@ class LpipsDiversityMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return the mean with its standard error over prompts."""
-        assert sample.diversity is not None, "needs"
-        return {"lpips_diversity": mean_value(sample.diversity)}
+        return {"lpips_diversity": mean_value(sample.tensor("diversity"))}

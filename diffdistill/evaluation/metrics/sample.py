@@ -91,6 +91,12 @@ class Sample:
         }
         return replace(self, **gaussians)
 
+    def tensor(self, name: str) -> Tensor:
+        """Return a field that a metric has named in its needs and that is a tensor."""
+        value = getattr(self, name)
+        assert isinstance(value, Tensor), f"{name} is needed"
+        return value
+
     def missing(self, needs: Iterable[str]) -> list[str]:
         """Return which of these fields are not there."""
         return sorted(need for need in needs if getattr(self, need) is None)

@@ -38,4 +38,4 @@ class VendiMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return vendi."""
-        return {"vendi": Value(vendi_score(sample.features))}
+        return {"vendi": Value(vendi_score(sample.tensor("features")))}
