@@ -48,8 +48,9 @@ types: install
 bench: install  ## cost of a training step over the passes it must do, into docs/performance.md
 	$(BIN)/python eval/step_cost.py
 
-study: install  ## quality of every method, family and layout (about two hours on two cores), into docs/results.md
+study: install  ## quality of every method on digits and shapes (hours on two cores; goes on where it was), into docs/results.md and docs/shapes.md
 	$(BIN)/python eval/study.py
+	$(BIN)/python eval/shapes_study.py
 
 mutation: install  ## systematic mutants of the mathematics and the losses, into docs/mutation.md
 	$(BIN)/python eval/mutation.py

@@ -6,13 +6,14 @@
 The bare side passes equal batches, resized already, through the network and does nothing else. Ours takes uint8 images, resizes them,
 passes them through the same network, and sums the moments for FID and sFID in jackknife groups and the features for KID and precision.
 With a sampler, both sides also make the images by a few passes of a UNet; the bare side then resizes nothing and keeps nothing.
-Results go to eval/results/bench_overhead_DEVICE.json.
+Results go to eval/results/bench_overhead_DEVICE_SIZE.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,12 +61,12 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in times.items()}
     share = median["bare"] / median["ours"]
     result = {
-        "command": "python eval/bench_overhead.py " + " ".join(f"--{key} {value}" for key, value in vars(options).items()),
+        "command": " ".join(["python eval/bench_overhead.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "images_per_second": {name: options.images / value for name, value in median.items()},
         "share_of_the_bare_rate": share,
     }
-    write_json(RESULTS / f"bench_overhead_{device.type}{'_sampler' if options.sampler else ''}.json", result)
+    write_json(RESULTS / f"bench_overhead_{device.type}_{options.size}{'_sampler' if options.sampler else ''}.json", result)
     print(f"{result['device']}: {share:.1%} of the bare rate; images a second: {result['images_per_second']}")
 
 

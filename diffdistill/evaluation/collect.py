@@ -136,12 +136,12 @@ class _ViewCollector:
 
     def _keep(self, name: str, values: Tensor | None) -> None:
         if name in self.needs and values is not None:
-            self.kept.setdefault(name, []).append(values.cpu())
+            self.kept.setdefault(name, []).append(values)  # on its device: a copy of each block would wait for it
 
     def sample(self, labels: Tensor | None, pixels: Tensor | None, obeys: Tensor | None) -> Sample:
         common = {"labels": labels, "pixels": pixels, "obeyed": obeys}
         fields: dict[str, Any] = {name: value for name, value in common.items() if name in self.needs}
-        return Sample(**fields | self.moments | {name: torch.cat(parts) for name, parts in self.kept.items()})
+        return Sample(**fields | self.moments | {name: torch.cat(parts).cpu() for name, parts in self.kept.items()})
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
