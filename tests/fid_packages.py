@@ -84,16 +84,17 @@ def read_pngs(folder: Path) -> Tensor:
     return torch.from_numpy(np.stack(files)).permute(0, 3, 1, 2)
 
 
-def random_images(count: int, size: tuple[int, int], seed: int, brightness: float = 0.5) -> Tensor:
-    """Clouds from coarse to fine, every pixel by itself among them, uint8 (count, 3, *size): each image another grain and contrast."""
+def random_images(count: int, size: tuple[int, int], seed: int, contrast: float) -> Tensor:
+    """Noise of single pixels, of that standard deviation in [0, 1], over fainter grain of four, uint8 (count, 3, *size).
+
+    Resizes differ on it by a third of the distance; and its features vary in no direction much more than in others, as the
+    packages' square roots of singular matrices need.
+    """
     generator = torch.Generator().manual_seed(seed)
-    images = []
-    for index in range(count):
-        cells = [max(2, side >> index % 6) for side in size]
-        cloud = torch.randn(1, 3, *cells, generator=generator)
-        contrast = 0.1 + 0.3 * torch.rand((), generator=generator)
-        images.append(brightness + contrast * torch.nn.functional.interpolate(cloud, size, mode="bicubic"))
-    return (255 * torch.cat(images)).round().clamp(0, 255).to(torch.uint8)
+    pixels = torch.randn(count, 3, *size, generator=generator)
+    grain = torch.randn(count, 3, size[0] // 4, size[1] // 4, generator=generator)
+    noise = contrast * pixels + 0.05 * torch.nn.functional.interpolate(grain, size, mode="bicubic")
+    return (255 * (0.5 + noise)).round().clamp(0, 255).to(torch.uint8)
 
 
 def our_extractor(protocol: Protocol, weights: Path) -> FeatureExtractor:
@@ -196,7 +197,9 @@ def torchmetrics(antialias: bool) -> Package:
             return torch.cat([network(batch) for batch in read_pngs(images).split(32)])
 
     def distance(x: Tensor, y: Tensor) -> float:
-        metric = FrechetInceptionDistance(torch.nn.Identity(), input_img_size=(x.shape[1], 1, 1))
+        features_as_they_are = torch.nn.Identity()
+        features_as_they_are.num_features = x.shape[1]
+        metric = FrechetInceptionDistance(features_as_they_are)
         metric.update(y, real=True)
         metric.update(x, real=False)
         return float(metric.compute())
