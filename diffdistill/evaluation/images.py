@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffdistill.errors import unknown_name
+from diffdistill.errors import UserError, unknown_name
 
 VALUES_AT_ONCE = 2**17  # of a batch on the CPU: half a megabyte of float32 stays in the cache, many megabytes do not
 
@@ -56,8 +56,8 @@ def to_uint8(images: Tensor, rule: Uint8Rule = "round") -> Tensor:
     Returns:
         uint8, (B, C, H, W), on the device of images.
     Raises:
-        ValueError: images is not floating or holds NaN or infinity, which uint8 would hide.
-        UserError: the rule is unknown.
+        ValueError: images is not floating.
+        UserError: images hold NaN or infinity, which uint8 would hide, or the rule is unknown.
     """
     if rule not in UINT8_RULES:
         raise unknown_name("uint8 rule", rule, UINT8_RULES)
@@ -70,7 +70,9 @@ def to_uint8(images: Tensor, rule: Uint8Rule = "round") -> Tensor:
 def _finite(values: Tensor) -> Tensor:
     """Return the values, if all are finite: a finite sum says so ten times faster than a look at each."""
     if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-        raise ValueError("the images hold NaN or infinity; a generator that diverged cannot be scored.")
+        raise UserError(
+            "the images hold NaN or infinity; a generator that diverged cannot be scored. Take an earlier checkpoint, or more precision."
+        )
     return values
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffdistill.errors import UserError
+
 
 class Triangle(NamedTuple):
     """Where the entries of a symmetric (d, d) matrix lie in its upper triangle, stored row by row as one vector.
@@ -215,4 +217,7 @@ class Moments:
 def _require_finite(x: Tensor) -> None:
     """Refuse NaN and infinity; sums hold one exactly when a sample did."""
     if not torch.isfinite(x).all():
-        raise ValueError("the features hold NaN or infinity.")
+        raise UserError(
+            "the features hold NaN or infinity: the network's weights are damaged, or its precision is too low. Check the weights with "
+            "`diffdistill weights verify`, or set precision: float32."
+        )

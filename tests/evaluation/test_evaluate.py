@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,3 +221,12 @@ def test_an_extractor_that_the_protocol_does_not_name_is_refused():
     flat = CallableExtractor(lambda images: images.flatten(1).float(), "pixels", "1" * 64, dim=64)
     with pytest.raises(UserError, match="is for extractor 'digits'"):
         evaluate(generator_of(), small(), views=open_views(small(), extractors={"digits": flat}))
+
+
+def test_features_that_are_not_finite_are_one_clear_message():
+    broken = CallableExtractor(lambda images: images.flatten(1).float() / 0, "pixels", "1" * 64, dim=64)
+    fine = CallableExtractor(lambda images: images.flatten(1).float(), "pixels", "1" * 64, dim=64)
+    protocol = small(extractor="pixels", metrics=["fid"], first_seeds=[0])
+    [view] = open_views(protocol, extractors={"pixels": fine})
+    with pytest.raises(UserError, match=r"features hold NaN or infinity.*weights verify"):
+        evaluate(generator_of(), protocol, views=[replace(view, extractor=broken)])
