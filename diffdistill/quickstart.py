@@ -17,8 +17,10 @@ import numpy as np
 from diffdistill import api
 from diffdistill.config import RunConfig, dump_config, load_config
 from diffdistill.errors import MachineError, UserError
-from diffdistill.evaluation.evaluate import Evaluation
+from diffdistill.evaluation.named import Result
+from diffdistill.evaluation.pictures import Pictures
 from diffdistill.evaluation.report import ReportData, Tile, readme_picture, write_report
+from diffdistill.evaluation.result import Evaluation
 from diffdistill.evaluation.table import Row, table
 from diffdistill.recipes import recipe_path
 from diffdistill.training.checkpoint import name as checkpoint_name
@@ -76,9 +78,10 @@ def run(output: str | Path = "runs/quickstart", short: bool = False, say: Say = 
     start = time.perf_counter()
     configs = [_train(method, output, short, say) for method in METHODS]
     entries = [*_teacher_entries(), *(entry for config in configs for entry in student_entries(config))]
-    rows = []
+    rows, results = [], []
     for entry in entries:
         evaluation = _evaluate(entry)
+        results.append(Result(entry.name, evaluation))
         rows.append(Row.from_evaluation(entry.name, evaluation))
         say(f"  {entry.name}, {rows[-1].nfe:g} NFE: FID {rows[-1].fid:.2f}, accuracy {rows[-1].accuracy:.1%}")
     best, best_row = min(((e, r) for e, r in zip(entries, rows, strict=True) if e.is_student), key=lambda pair: pair[1].fid)
@@ -87,17 +90,19 @@ def run(output: str | Path = "runs/quickstart", short: bool = False, say: Say = 
         title="diffdistill quickstart",
         summary=f"The bundled digits teacher and three students of it. Best student: {best.name}, {best.steps} step(s), FID "
         f"{best_row.fid:.2f}, exported to {output / 'student'} and verified with stock diffusers.",
-        rows=rows,
+        results=results,
         tiles=tiles(entries, rows),
-        curves=_curves(rows),
-        grids={f"{e.name}, {r.nfe:g} NFE": _pictures(e) for e, r in zip(entries, rows, strict=True) if _is_shown(e)},
+        pictures=Pictures(
+            {f"{e.name}, {r.nfe:g} NFE": _pictures(e) for e, r in zip(entries, rows, strict=True) if _is_shown(e)}
+        ),
+        command="diffdistill quickstart" + " --short" * short,
         configs={config.output.name: dump_config(config) for config in configs},
         how_to_load=_loading_code(output / "student"),
         verification=verification,
-        facts=_facts(evaluation, time.perf_counter() - start),
+        facts={"seconds": f"{time.perf_counter() - start:.0f}"},
     )
     page = write_report(data, output)
-    readme_picture(replace(data, grids=_few(data.grids)), output / "report.png")
+    readme_picture(replace(data, pictures=Pictures(_few(data.pictures.grids))), output / "report.png")
     say("\n" + table(rows))
     say(f"{page} written after {time.perf_counter() - start:.0f} s")
     return page
@@ -193,14 +198,6 @@ def _few(shown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {title: shown[title] for title in (*teacher, *fewest.values())}
 
 
-def _curves(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        assert row.nfe is not None and row.fid is not None
-        curves.setdefault(row.method, []).append((row.nfe, row.fid))
-    return curves
-
-
 def _export(best: Entry, folder: Path, say: Say) -> str:
     """Export and verify a student; return what the check found."""
     api.export(best.target, folder, steps=(best.steps,), checkpoint=best.checkpoint)
@@ -216,13 +213,3 @@ def _loading_code(folder: Path) -> str:
     """Return the runnable lines of the export's card."""
     card = (folder / "README.md").read_text(encoding="utf-8")
     return card.split("```python\n")[1].split("```")[0]
-
-
-def _facts(evaluation: Evaluation, seconds: float) -> dict[str, str]:
-    return {
-        "protocol": f"{evaluation.protocol['name']}, {evaluation.num_images} images",
-        "protocol hash": evaluation.protocol_hash[:16],
-        "device": evaluation.device,
-        "seconds": f"{seconds:.0f}",
-        "torch": evaluation.versions["torch"],
-    }

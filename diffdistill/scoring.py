@@ -250,33 +250,76 @@ def latency_ms(generate: Generate, protocol: Any) -> float:
     return 1000 * statistics.median(times[1:])
 
 
-def write_evaluations(name: str, evaluations: Mapping[str, Evaluation], folder: str | Path) -> Path:
+def take_pictures(
+    target: str | Path,
+    evaluations: Mapping[str, Evaluation],
+    settings: Settings = Settings(),
+    solver: str | None = None,
+    checkpoint: str | Path | None = None,
+    lora: str | Path | None = None,
+) -> Any:
+    """Make the pictures of a report again from the seeds of the evaluations; arguments as for `evaluate`.
+
+    Returns:
+        `evaluation.pictures.Pictures`.
+    """
+    from diffdistill.evaluation import pictures
+    from diffdistill.evaluation.image_sources import open_images
+    from diffdistill.evaluation.named import Result
+    from diffdistill.evaluation.protocol import Protocol
+
+    protocol = Protocol(**next(iter(evaluations.values())).protocol)
+    if is_images(target):
+        show = pictures.existing(open_images(target, protocol.transforms))
+        return pictures.take_pictures({IMAGES: pictures.Model(evaluations[IMAGES], show)}, protocol)
+    opened, models = open_target(target, solver, checkpoint, lora), {}
+    for evaluation in evaluations.values():
+        sampler = opened.sampler(evaluation.cost.num_steps, settings.guidance)
+        show = pictures.generated(opened.generator(sampler), protocol, settings.batch_size)
+        models[Result("", evaluation).steps] = pictures.Model(evaluation, show, opened.predictions(sampler))
+    return pictures.take_pictures(models, protocol)
+
+
+def write_evaluations(
+    name: str, evaluations: Mapping[str, Evaluation], folder: str | Path, pictures: Any = None, command: str = ""
+) -> Path:
     """Write FOLDER/NAME.json, and NAME.safetensors with the values of single images, of each; and report.json and report.html of all.
 
+    Args:
+        name: of the target, for the title.
+        evaluations: by the names of their files.
+        folder: where.
+        pictures: `evaluation.pictures.Pictures` of them, None for a page of numbers.
+        command: the line that makes these numbers again.
     Returns:
         The path of the page.
     """
     from safetensors.torch import save
 
-    from diffdistill.evaluation.report import ReportData, write_report
-    from diffdistill.evaluation.table import Row
+    from diffdistill.evaluation.named import Result
+    from diffdistill.evaluation.pictures import Pictures
+    from diffdistill.evaluation.report import ReportData, result_tiles, write_report
 
     folder = Path(folder)
     for key, evaluation in evaluations.items():
         if arrays := evaluation.arrays():
             write_atomic(folder / f"{key}.safetensors", save({k: v.contiguous() for k, v in arrays.items()}))
         write_json(folder / f"{key}.json", evaluation.to_json())
-    first = next(iter(evaluations.values()))
-    rows = [Row.from_evaluation(name, evaluation) for evaluation in evaluations.values()]
-    points = [(row.nfe, row.fid) for row in rows if row.nfe and row.fid]
-    facts = {
-        "protocol": first.protocol["name"],
-        "protocol hash": first.protocol_hash,
-        "images": str(first.num_images),
-        "blocks of seeds": str(first.num_blocks),
-        "device": first.device,
-    }
-    return write_report(ReportData(f"Evaluation of {name}", rows, {name: points} if points else {}, facts=facts), folder)
+    results = [Result(name, evaluation) for evaluation in evaluations.values()]
+    data = ReportData(
+        title=f"Evaluation of {name}",
+        summary=_summary(next(iter(evaluations.values()))),
+        results=results,
+        tiles=result_tiles(results),
+        pictures=Pictures() if pictures is None else pictures,
+        command=command,
+    )
+    return write_report(data, folder)
+
+
+def _summary(evaluation: Evaluation) -> str:
+    blocks = "" if evaluation.num_blocks == 1 else f" in each of {evaluation.num_blocks} blocks of seeds"
+    return f"Protocol {evaluation.protocol['name']}: {evaluation.num_images:,} images{blocks}, on {evaluation.device}."
 
 
 def load_evaluations(path: str | Path) -> dict[str, Evaluation]:

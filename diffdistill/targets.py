@@ -23,8 +23,8 @@ from diffdistill.models.guidance import guided
 from diffdistill.models.loading import INDEX, Teacher, load_teacher
 from diffdistill.models.network import FamilyDenoiser
 from diffdistill.sampling import stock, stock_runs
-from diffdistill.sampling.generate import Generate, image_generator
-from diffdistill.sampling.sampler import DrawsNoise, Sampler
+from diffdistill.sampling.generate import Generate, Predictions, image_generator, prediction_generator
+from diffdistill.sampling.sampler import DrawsNoise, Recording, Sampler, State
 
 RUN_CONFIG = "config.yaml"
 DEFAULT_STEPS = 4  # where the model is meant for no number in particular
@@ -55,6 +55,10 @@ class AnySampler(Protocol):
 
     def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
         """Return the final states."""
+        ...
+
+    def trajectory(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> tuple[list[State], Tensor]:
+        """Return every step's state and clean estimate, and the same final states."""
         ...
 
 
@@ -88,13 +92,24 @@ class StockSampler:
 
     def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
         """Return the final states."""
+        return self._run(*self._guided(denoiser, cond), noise)
+
+    def trajectory(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> tuple[list[State], Tensor]:
+        """Return every call's state, as the network sees it, and clean estimate, and the final states."""
+        net, cond = self._guided(denoiser, cond)
+        recording = Recording(net)
+        final = self._run(recording, cond, noise)
+        return recording.states, final
+
+    def _guided(self, denoiser: Denoiser, cond: Condition) -> tuple[Denoiser, Condition]:
+        if not self.guidance_as_input:
+            return guided(denoiser, self.guidance), cond
+        like = next(iter(cond.values.values()))
+        w = torch.full((cond.batch_size,), self.guidance, dtype=torch.float64, device=like.device)
+        return denoiser, cond.with_values(guidance=w)
+
+    def _run(self, net: Denoiser, cond: Condition, noise: DrawsNoise) -> Tensor:
         scheduler = stock_runs.build_scheduler(self.config)
-        if self.guidance_as_input:
-            like = next(iter(cond.values.values()))
-            w = torch.full((cond.batch_size,), self.guidance, dtype=torch.float64, device=like.device)
-            net, cond = denoiser, cond.with_values(guidance=w)
-        else:
-            net = guided(denoiser, self.guidance)
         return stock_runs.stock_sample(net, scheduler, self.num_steps, noise, cond, self.gives_sigmas)
 
 
@@ -141,9 +156,16 @@ class Target:
     def generator(self, sampler: AnySampler) -> Generate:
         """Return (seeds, labels or prompts) -> images; an unconditional model takes no notice of the labels."""
         generate = image_generator(self.teacher, self.denoiser, sampler)
-        if self.teacher.conditioner.conditioning != "none":
-            return generate
-        return lambda seeds, asked: generate(seeds, None)
+        return generate if self._takes_conditions else lambda seeds, asked: generate(seeds, None)
+
+    def predictions(self, sampler: AnySampler) -> Predictions:
+        """Return (seeds, labels or prompts) -> the clean images predicted at each step of the way to those of `generator`."""
+        predict = prediction_generator(self.teacher, self.denoiser, sampler)
+        return predict if self._takes_conditions else lambda seeds, asked: predict(seeds, None)
+
+    @property
+    def _takes_conditions(self) -> bool:
+        return self.teacher.conditioner.conditioning != "none"
 
 
 def is_model(path: Path) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from diffdistill.evaluation.quantities import quantity
 from diffdistill.evaluation.result import Evaluation
 
 
@@ -84,24 +85,19 @@ def _fid(row: Row) -> str:
     return f"{row.fid:.{digits}f}" + ("" if row.fid_sd is None else f" ± {row.fid_sd:.{digits}f}")
 
 
+def _measured(name: str) -> Column:
+    return Column(quantity(name).heading, _number(name, quantity(name).form))
+
+
+_DISTRIBUTIONS = ("kid", "precision", "recall", "density", "coverage", "sfid", "cmmd", "inception_score", "vendi")
 COLUMNS = (
     Column("method", lambda row: row.method),
     Column("steps", _number("steps", "d")),
     Column("NFE", _number("nfe", "g")),
-    Column("FID ↓", _fid),
-    Column("accuracy ↑", _number("accuracy", ".1%")),
-    Column("obeyed ↑", _number("obeyed", ".1%")),
-    Column("CLIP ↑", _number("clip_score", ".2f")),
+    Column(quantity("fid").heading, _fid),
+    *map(_measured, ("accuracy", "obeyed", "clip_score")),
     Column("ms/image ↓", _number("ms_per_image", ".3g")),
-    Column("KID ↓", _number("kid", ".3g")),
-    Column("precision ↑", _number("precision", ".3f")),
-    Column("recall ↑", _number("recall", ".3f")),
-    Column("density ↑", _number("density", ".3f")),
-    Column("coverage ↑", _number("coverage", ".3f")),
-    Column("sFID ↓", _number("sfid", ".2f")),
-    Column("CMMD ↓", _number("cmmd", ".3f")),
-    Column("IS ↑", _number("inception_score", ".2f")),
-    Column("Vendi ↑", _number("vendi", ".2f")),
+    *map(_measured, _DISTRIBUTIONS),
 )
 
 
@@ -130,6 +126,5 @@ def table(rows: Sequence[Row], width: int | None = None) -> str:
         grid.add_row(*(Text(column.text(row)) for column in columns))
     width = max(100, shutil.get_terminal_size().columns) if width is None else width
     text = io.StringIO()
-    console = Console(file=text, width=width, force_terminal=False, color_system=None)
-    console.print(grid)
+    Console(file=text, width=width, force_terminal=False, color_system=None).print(grid)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")

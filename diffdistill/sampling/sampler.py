@@ -16,9 +16,10 @@ from torch import Tensor
 
 from diffdistill.math import transfer
 from diffdistill.math.grids import TimeGrid
+from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import Coefficients
 from diffdistill.models.condition import Condition
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import Denoiser, View
 from diffdistill.models.guidance import guided
 
 Rule = Literal["ddim", "renoise", "heun", "dpmpp_2m", "sde"]
@@ -38,6 +39,20 @@ class State(NamedTuple):
     t: float
     x_t: Tensor
     x0: Tensor
+
+
+class Recording(View):
+    """A denoiser that writes down what it is asked and answers: one `State` a call, in `states`."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner, self.schedule, self.sample_shape = inner, inner.schedule, inner.sample_shape
+        self.states: list[State] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """Return the inner prediction."""
+        prediction = self.inner(x_t, t, cond)
+        self.states.append(State(float(t[0]), x_t, prediction.x0))
+        return prediction
 
 
 class Estimate(NamedTuple):
