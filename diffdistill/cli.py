@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -240,7 +241,8 @@ def evaluate(
     settings = scoring.Settings(protocol, tuple(metrics), num_images, guidance, batch_size, weights, output, save_images)
     found = scoring.evaluate(target, steps, settings, solver, checkpoint, lora, _progress())
     if output is not None and scoring.processes().is_main:
-        scoring.write_evaluations(str(target), found, output)
+        pictures = scoring.take_pictures(target, found, settings, solver, checkpoint, lora)
+        scoring.write_evaluations(str(target), found, output, pictures, _command_line())
     if not scoring.processes().is_main:
         return 0
     if json:
@@ -290,11 +292,13 @@ def sweep(
     found = scoring.sweep(run, steps, settings, tuple(checkpoints), _progress())
     if not scoring.processes().is_main:
         return 0
+    page = scoring.write_sweep(run, found, output or run / "evaluations" / Path(protocol).stem, _command_line())
     if json:
         _print_json({name: {key: e.to_json() for key, e in by_steps.items()} for name, by_steps in found.items()})
     else:
         print(table([Row.from_evaluation(name, e) for name, by_steps in found.items() for e in by_steps.values()]))
         _say_warnings(e for by_steps in found.values() for e in by_steps.values())
+        print(f"wrote {page}")
     return 0
 
 
@@ -312,6 +316,10 @@ def _print_scores(found: ExternalScores, json: bool) -> int:
     for note in found.notes:
         print(f"note: {note}")
     return 0
+
+
+def _command_line() -> str:
+    return shlex.join(["diffdistill", *sys.argv[1:]])
 
 
 def _folder(path: Path | None) -> None:
@@ -353,17 +361,21 @@ def stats(
 
 
 @app.command(sort_key=7)
-def compare(*reports: Path, force: bool = False, json: Json = False) -> int:
-    """Put evaluations side by side, if they measure the same thing.
+def compare(*reports: Path, force: bool = False, output: Output | None = None, json: Json = False) -> int:
+    """Put evaluations side by side, if they measure the same thing, and say which differences are more than the seeds.
 
     Args:
         reports: folders or steps-N.json files that `eval -o` wrote.
         force: show them also where they were measured differently, and say so.
+        output: folder for report.html.
     """
-    from diffdistill import api
+    from diffdistill import api, scoring
 
     found = api.compare(reports, force=force)
     _print_json(found.to_json()) if json else print(found.text())
+    if output is not None:
+        evaluations = {name: each for path in reports for name, each in scoring.load_evaluations(path).items()}
+        scoring.write_comparison(evaluations, found.sentences + found.differences, output, _command_line())
     return 0
 
 

@@ -308,6 +308,7 @@ def write_evaluations(
     results = [Result(name, evaluation) for evaluation in evaluations.values()]
     data = ReportData(
         title=f"Evaluation of {name}",
+        size_fits=size_fits(results),
         summary=_summary(next(iter(evaluations.values()))),
         results=results,
         tiles=result_tiles(results),
@@ -315,6 +316,59 @@ def write_evaluations(
         command=command,
     )
     return write_report(data, folder)
+
+
+def size_fits(results: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Return, for each distance of these `named.Result`s, its value of fewer images and the 1/N line, by the label of the result."""
+    from diffdistill.evaluation.bias import count_curve
+    from diffdistill.evaluation.charts import Point
+    from diffdistill.evaluation.named import labels
+    from diffdistill.evaluation.report_charts import SizeFit
+
+    found: dict[str, dict[str, Any]] = {}
+    for label, result in zip(labels(results), results, strict=True):
+        for name, blocks in result.evaluation.curve.items():
+            curve = count_curve(blocks.mean(0).tolist())
+            points = [Point(point.num_images, point.value) for point in curve.points]
+            found.setdefault(name, {})[label] = SizeFit(points, curve.limit.value, curve.slope.value)
+    return found
+
+
+def write_sweep(run: str | Path, sweep: Mapping[str, Mapping[str, Evaluation]], folder: str | Path, command: str = "") -> Path:
+    """Write FOLDER/report.html of the checkpoints of a run: values over the training; return its path."""
+    from diffdistill.evaluation.named import Result
+    from diffdistill.evaluation.report import ReportData, result_tiles, write_report
+
+    results = [
+        Result(str(run), evaluation, int(re.sub(r"\D", "", name) or 0))
+        for name, by_steps in sweep.items()
+        for evaluation in by_steps.values()
+    ]
+    title, summary = f"Checkpoints of {run}", _summary(results[0].evaluation)
+    return write_report(ReportData(title, results, summary, result_tiles(results[-1:]), command=command), folder)
+
+
+def write_comparison(
+    reports: Mapping[str, Evaluation], sentences: Sequence[str], folder: str | Path, command: str = ""
+) -> Path:
+    """Write FOLDER/report.html of evaluations side by side, and what can be said of their differences; return its path."""
+    from diffdistill.evaluation.named import Result
+    from diffdistill.evaluation.report import ReportData, result_tiles, write_report
+
+    results = [Result(name, evaluation) for name, evaluation in reports.items()]
+    facts = {f"difference {number}": sentence for number, sentence in enumerate(sentences, start=1)}
+    return write_report(
+        ReportData(
+            "Comparison",
+            results,
+            _summary(results[0].evaluation),
+            result_tiles(results),
+            size_fits=size_fits(results),
+            command=command,
+            facts=facts,
+        ),
+        folder,
+    )
 
 
 def _summary(evaluation: Evaluation) -> str:

@@ -394,6 +394,7 @@ class _Scorer:
             versions=versions(),
             each=stacked(self.blocks, "each"),
             deleted=stacked(self.blocks, "deleted"),
+            curve=stacked(self.blocks, "curve"),
         )
 
     def _reference_values(self) -> dict[str, float]:

@@ -88,6 +88,7 @@ class Evaluation:
         versions: of the libraries.
         each: by name, the values of the single images in the order of their seeds, float64 (blocks, N); no part of the JSON.
         deleted: by name, the value without each jackknife group, float64 (blocks, G); no part of the JSON.
+        curve: by name, numbers of images and the value of so many, float64 (blocks, P, 2); no part of the JSON.
     """
 
     protocol: dict[str, Any]
@@ -105,6 +106,7 @@ class Evaluation:
     versions: dict[str, str]
     each: dict[str, Tensor] = field(default_factory=dict, compare=False)
     deleted: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    curve: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def mean(self, name: str) -> float | None:
         """Return the mean of a value over the blocks, None when it was not measured."""
@@ -168,13 +170,16 @@ class Evaluation:
         return {f"{kind}.{name}": values for kind in ARRAYS for name, values in getattr(self, kind).items()}
 
 
-ARRAYS = ("each", "deleted")
+ARRAYS = ("each", "deleted", "curve")
 
 
 def stacked(blocks: Sequence[Mapping[str, Value]], kind: str) -> dict[str, Tensor]:
-    """Return the `each` or `deleted` of the values that have one, (blocks, N or G)."""
+    """Return the `each`, `deleted` or `curve` of the values that have one, (blocks, ...)."""
     names = [name for name, value in blocks[0].items() if getattr(value, kind) is not None]
-    return {name: torch.stack([torch.as_tensor(getattr(block[name], kind)).double() for block in blocks]) for name in names}
+    return {
+        name: torch.stack([torch.as_tensor(getattr(block[name], kind), dtype=torch.float64) for block in blocks])
+        for name in names
+    }
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffdistill.evaluation.bias import PARTS, Bias, count_points
 from diffdistill.evaluation.metrics.gaussian import ReferenceGaussian, covariance_factor
 from diffdistill.evaluation.metrics.jackknife import jackknife
 from diffdistill.evaluation.metrics.sample import Sample, Statistics, Value
@@ -87,7 +88,7 @@ def jackknife_frechet(
 
 
 def frechet_values(name: str, sample: Statistics | None, reference: Statistics | None) -> dict[str, Value]:
-    """Return the distance as `name` (its se is the jackknife's) and `name`_jackknife; warns when images are fewer than dimensions.
+    """Return the distance as `name` (its se is the jackknife's) and `name`_jackknife; warns when images are too few.
 
     Args:
         name: fid, sfid, ...
@@ -97,15 +98,16 @@ def frechet_values(name: str, sample: Statistics | None, reference: Statistics |
     if not isinstance(sample, Moments) or reference is None:
         raise TypeError(f"{name} takes moments of the sample and a reference; got {type(sample)} and {type(reference)}.")
     gaussian = ReferenceGaussian.of(reference).to(sample.device)
-    known = [count for count in (sample.count, gaussian.count) if count is not None]
-    if min(known) <= sample.dim:
-        warnings.warn(
-            f"{min(known)} images for {sample.dim} features: the covariance is singular and the Frechet distance mostly bias.",
-            stacklevel=3,
-        )
     whole, deleted = jackknife_frechet(sample, gaussian)
     corrected = jackknife(whole.value, deleted, sample.counts.tolist())
-    return {name: Value(whole.value, corrected.se, deleted=deleted), f"{name}_jackknife": corrected}
+    bias = Bias(sample.count, whole.value, corrected.value, corrected.se or 0.0)
+    if bias.is_too_much:
+        warnings.warn(bias.sentence(), stacklevel=3)
+    for images, count in (("images", sample.count), ("real images", gaussian.count)):
+        if count is not None and count <= sample.dim:
+            warnings.warn(f"{count:,} {images} for {sample.dim} features: their covariance is singular.", stacklevel=3)
+    curve = count_points(sample, lambda part: quick_frechet(part, gaussian)) if sample.num_groups >= max(PARTS) else None
+    return {name: Value(whole.value, corrected.se, deleted=deleted, curve=curve), f"{name}_jackknife": corrected}
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ class Value(typing.NamedTuple):
     Attributes:
         each: float64 (N,), the value of each image where the number is their mean, or None.
         deleted: the value without each of the jackknife groups, or None.
+        curve: numbers of images, and the value that so many of them give, or None.
     """
 
     value: float
     se: float | None = None
     each: Tensor | None = None
     deleted: tuple[float, ...] | None = None
+    curve: tuple[tuple[int, float], ...] | None = None
 
     @property
     def estimate(self) -> tuple[float, float | None]:
