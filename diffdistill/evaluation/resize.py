@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.images import check_uint8_images
+from diffdistill.evaluation.threads import ordered_map, usual_threads
 
 ResizeKind = Literal[
     "identity",
@@ -55,6 +56,7 @@ ResizeKind = Literal[
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 Size = tuple[int, int]  # height, width
 
+PLANES_PER_JOB = 24  # resized by one thread in one go
 FIXED_POINT = 2**22  # Pillow's byte weights are whole multiples of 1 / FIXED_POINT
 
 
@@ -138,9 +140,15 @@ def pillow(images: Tensor, size: Size, filter: Filter) -> Tensor:
     height, width = size
     planes = images.flatten(0, 1).numpy()
     resized = np.empty((len(planes), height, width), planes.dtype)
-    for plane, result in zip(planes, resized, strict=True):
-        rows = Image.fromarray(plane).resize((width, len(plane)), resample)
-        result[:] = rows.resize((width, height), resample)
+
+    def resize_some(some: slice) -> None:
+        for plane, result in zip(planes[some], resized[some], strict=True):
+            rows = Image.fromarray(plane).resize((width, len(plane)), resample)
+            result[:] = rows.resize((width, height), resample)
+
+    parts = [slice(k, k + PLANES_PER_JOB) for k in range(0, len(planes), PLANES_PER_JOB)]
+    for _ in ordered_map(resize_some, parts, usual_threads()):
+        pass
     return torch.from_numpy(resized).reshape(*images.shape[:2], height, width)
 
 

@@ -73,7 +73,8 @@ def test_curve_and_jackknife_find_the_constant_of_a_gaussian():
         whole, deleted = jackknife_frechet(moments, reference)
         jackknifed.append(num_images * (whole.value - jackknife(whole.value, deleted, [100] * 20).value))
     limit, slope, slope_se = torch.tensor(lines, dtype=F64).T
-    assert float(limit.mean()) == pytest.approx(0, abs=0.03 * constant / num_images)
+    # What the law leaves out, of the order 1 / N^2, lifts the limit: by 0.0016 +- 0.0006 of 0.042 over 60 seeds.
+    assert float(limit.mean()) == pytest.approx(0, abs=0.08 * constant / num_images)
     assert float(slope.mean()) == pytest.approx(constant, rel=0.03)
     assert float(torch.tensor(jackknifed).mean()) == pytest.approx(constant, rel=0.03)
     assert 0.4 < float(slope_se.square().mean().sqrt() / slope.std()) < 1.3
