@@ -1,5 +1,6 @@
 """Parts of an evaluation: a killed one goes on to the same bytes, another partition or several processes to the same values."""
 
+import gc
 import json
 
 import pytest
@@ -213,3 +214,17 @@ def test_the_samples_of_parts_add_up_to_that_of_the_whole():
 def test_parts_left_by_nobody_make_no_folder(tmp_path):
     files = PartFiles(tmp_path / "parts", {"a": 1})
     assert not files.has(Range(0, 0, 1)) and not files.folder.exists()
+
+
+def test_with_moments_alone_memory_does_not_grow_with_the_number_of_images():
+    few = protocol(views=[{"extractor": "digits", "metrics": ["fid"]}], num_images=6000, first_seeds=[0], jackknife_groups=10)
+    held = []
+
+    def generate(seeds, labels):
+        tensors = {each.untyped_storage().data_ptr(): each for each in gc.get_objects() if isinstance(each, torch.Tensor)}
+        held.append(sum(each.untyped_storage().nbytes() for each in tensors.values()))
+        return torch.rand(len(seeds), 1, 8, 8, generator=torch.Generator().manual_seed(seeds[0]))
+
+    evaluate(generate, few, views=open_views(few), batch_size=100, images_per_part=1000)
+    assert len(held) == 60
+    assert max(held[50:]) <= max(held[10:20])  # the sixth part against the second
