@@ -130,7 +130,7 @@ def clean_fid_of_images(images: Tensor) -> None:
 
 
 def collector(count: int) -> Collector:
-    extractor = NetworkExtractor(Tiny().eval(), "pil_bicubic", "float32", torch.device("cpu"), images_per_pass=BATCH)
+    extractor = NetworkExtractor(Tiny().eval(), "pil_bicubic", "float32", torch.device("cpu"))
     return Collector([Seen(Transform(), extractor, NEEDS)], torch.arange(count) * 10 // count)
 
 

@@ -40,7 +40,6 @@ from torch.nn import functional as F
 
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.evaluation.images import check_uint8_images
-from diffdistill.evaluation.threads import ordered_map, usual_threads
 
 ResizeKind = Literal[
     "identity",
@@ -56,7 +55,6 @@ ResizeKind = Literal[
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 Size = tuple[int, int]  # height, width
 
-PLANES_PER_JOB = 24  # resized by one thread in one go
 FIXED_POINT = 2**22  # Pillow's byte weights are whole multiples of 1 / FIXED_POINT
 
 
@@ -123,7 +121,7 @@ def _blend_neighbours(x: Tensor, target: int, dim: int) -> Tensor:
 def pil_float(images: Tensor, size: Size, filter: Filter) -> Tensor:
     """Return float32: Pillow's resize of each channel as an image of floats (mode F), clipped to [0, 255]."""
     resized = pillow(images.float(), size, filter) if images.is_cpu else float_products(images, size, filter)
-    return resized.clamp(0, 255)  # the bicubic filter overshoots
+    return resized.clamp_(0, 255)  # the bicubic filter overshoots
 
 
 def pil_u8(images: Tensor, size: Size, filter: Filter) -> Tensor:
@@ -140,15 +138,10 @@ def pillow(images: Tensor, size: Size, filter: Filter) -> Tensor:
     height, width = size
     planes = images.flatten(0, 1).numpy()
     resized = np.empty((len(planes), height, width), planes.dtype)
-
-    def resize_some(some: slice) -> None:
-        for plane, result in zip(planes[some], resized[some], strict=True):
-            rows = Image.fromarray(plane).resize((width, len(plane)), resample)
-            result[:] = rows.resize((width, height), resample)
-
-    parts = [slice(k, k + PLANES_PER_JOB) for k in range(0, len(planes), PLANES_PER_JOB)]
-    for _ in ordered_map(resize_some, parts, usual_threads()):
-        pass
+    rows_first = planes.shape[1] * width <= planes.shape[2] * height  # as much in width: so every Pillow does by itself
+    for plane, result in zip(planes, resized, strict=True):
+        image = Image.fromarray(plane)
+        result[:] = (image if rows_first else image.resize((width, len(plane)), resample)).resize((width, height), resample)
     return torch.from_numpy(resized).reshape(*images.shape[:2], height, width)
 
 

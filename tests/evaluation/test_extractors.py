@@ -9,7 +9,7 @@ from torch import nn
 from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Collector, Seen
 from diffdistill.evaluation.evaluate import evaluate_images
-from diffdistill.evaluation.extractors import IMAGES_PER_PASS, NetworkExtractor, PairExtractor, SpreadExtractor, open_extractor
+from diffdistill.evaluation.extractors import IMAGES_PER_PASS_ON_CPU, NetworkExtractor, PairExtractor, SpreadExtractor, open_extractor
 from diffdistill.evaluation.features import DiversityExtractor, Features, ScoringExtractor, TextExtractor
 from diffdistill.evaluation.protocol import Protocol, View
 from diffdistill.evaluation.resize import resize
@@ -113,9 +113,9 @@ def test_grey_images_are_seen_as_rgb_of_equal_channels():
 
 
 def test_many_images_pass_in_parts_that_change_nothing():
-    network, many = Network(), images(2 * IMAGES_PER_PASS + 7)
+    network, many = Network(), images(2 * IMAGES_PER_PASS_ON_CPU + 7)
     found = extractor_of(network)(many)
-    assert [len(part) for part in network.seen] == [IMAGES_PER_PASS, IMAGES_PER_PASS, 7]
+    assert [len(part) for part in network.seen] == [IMAGES_PER_PASS_ON_CPU, IMAGES_PER_PASS_ON_CPU, 7]
     assert torch.equal(torch.cat(network.seen), many.float())
     expected = many.double().flatten(1) / 255 @ network.weight.double().T
     torch.testing.assert_close(found.features.double(), expected, rtol=0, atol=1e-6)
@@ -210,11 +210,11 @@ def test_a_network_that_reads_is_a_text_extractor():
 
 
 def test_each_image_is_scored_with_its_own_caption():
-    many, network = images(2 * IMAGES_PER_PASS + 3), Judge()
+    many, network = images(2 * IMAGES_PER_PASS_ON_CPU + 3), Judge()
     extractor = extractor_of(network, kind=PairExtractor)
     scores = extractor.scores(many, [str(index) for index in range(len(many))])
     assert torch.equal(scores, 1000 * many[:, 0, 0, 0].float() + torch.arange(len(many)))
-    assert [len(part) for part in network.seen] == [IMAGES_PER_PASS, IMAGES_PER_PASS, 3]
+    assert [len(part) for part in network.seen] == [IMAGES_PER_PASS_ON_CPU, IMAGES_PER_PASS_ON_CPU, 3]
     assert isinstance(open_extractor(view(f"{__name__}:Judge"), CPU), ScoringExtractor)
 
 
