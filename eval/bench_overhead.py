@@ -32,6 +32,7 @@ from diffdistill.files import write_json
 RESULTS = Path(__file__).parent / "results"
 NEEDS = frozenset({"moments", "spatial", "features", "logits"})
 NUM_STEPS = 4
+IMAGES_PER_GROUP = 1000  # of the jackknife; protocols of 50,000 images have 2,500
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def ours(extractor: NetworkExtractor, sample: Callable[[int], Tensor], options: 
     """Return what an evaluation does."""
 
     def run() -> None:
-        collector = Collector([Seen(Transform(), extractor, NEEDS)], torch.arange(options.images) * 10 // options.images)
+        collector = Collector([Seen(Transform(), extractor, NEEDS)], torch.arange(options.images) // IMAGES_PER_GROUP)
         for start in range(0, options.images, options.batch):
             collector.add(to_uint8(sample(min(options.batch, options.images - start))))
         collector.finish()
