@@ -9,7 +9,13 @@ from torch import nn
 from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Collector, Seen
 from diffdistill.evaluation.evaluate import evaluate_images
-from diffdistill.evaluation.extractors import IMAGES_PER_PASS_ON_CPU, NetworkExtractor, PairExtractor, SpreadExtractor, open_extractor
+from diffdistill.evaluation.extractors import (
+    IMAGES_PER_PASS_ON_CPU,
+    NetworkExtractor,
+    PairExtractor,
+    SpreadExtractor,
+    open_extractor,
+)
 from diffdistill.evaluation.features import DiversityExtractor, Features, ScoringExtractor, TextExtractor
 from diffdistill.evaluation.protocol import Protocol, View
 from diffdistill.evaluation.resize import resize
