@@ -95,7 +95,7 @@ def test_kid_is_that_of_torch_fidelity_and_clean_fid(clouds):
     kid = pytest.importorskip("torch_fidelity.metric_kid")
     cleanfid = pytest.importorskip("cleanfid.fid")
     x, y = clouds
-    ours, _ = kernel_distance(x, y, num_subsets=2, subset_size=90, seed=0)
+    ours, *_ = kernel_distance(x, y, num_subsets=2, subset_size=90, seed=0)
     options = {"kid_subsets": 2, "kid_subset_size": 90, "verbose": False}
     assert ours == pytest.approx(kid.kid_features_to_metric(x, y, **options)[kid.KEY_METRIC_KID_MEAN], rel=1e-11)
     assert ours == pytest.approx(cleanfid.kernel_distance(x.numpy(), y.numpy(), num_subsets=2), rel=1e-11)

@@ -5,6 +5,8 @@ Sources: Binkowski et al. 2018 (arXiv:1801.01401) for KID, Jayasumana et al. 202
 
 from __future__ import annotations
 
+import math
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,18 @@ from diffdistill.evaluation.metrics.distances import squared_distance_blocks, un
 from diffdistill.evaluation.metrics.sample import Sample, Value
 
 
-def polynomial_mmd2(x: Tensor, y: Tensor, scale: float | None = None) -> float:
+class Witnessed(typing.NamedTuple):
+    """A squared MMD, and the witness h of each row of x, float64 (N,): how much nearer it is to x than to y, on average.
+
+    To first order the estimate is the mean of value + 2 (h - mean h) over the rows (Hoeffding's projection), so these say how far it
+    would scatter with other rows.
+    """
+
+    value: float
+    witness: Tensor
+
+
+def polynomial_mmd2(x: Tensor, y: Tensor, scale: float | None = None) -> Witnessed:
     """Return the unbiased squared MMD under the kernel (x.y / scale + 1)^3; it can fall below zero.
 
     Args:
@@ -27,33 +40,45 @@ def polynomial_mmd2(x: Tensor, y: Tensor, scale: float | None = None) -> float:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / scale + 1) ** 3
 
-    def off_diagonal_mean(gram: Tensor) -> Tensor:
-        return (gram.sum() - gram.diagonal().sum()) / (len(gram) * (len(gram) - 1))
+    def off_diagonal_means(gram: Tensor) -> Tensor:
+        return (gram.sum(1) - gram.diagonal()) / (len(gram) - 1)
 
-    return float(off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean())
+    own, other = off_diagonal_means(kernel(x, x)), kernel(x, y).mean(1)
+    return Witnessed(float(own.mean() + off_diagonal_means(kernel(y, y)).mean() - 2 * other.mean()), own - other)
+
+
+class KernelDistance(typing.NamedTuple):
+    """The mean over subsets, its spread over them, and a value for each row of x, (N,), whose mean it is to first order."""
+
+    value: float
+    subset_sd: float
+    each: Tensor
 
 
 def kernel_distance(
     x: Tensor, y: Tensor, num_subsets: int, subset_size: int, seed: int, scale: float | None = None
-) -> tuple[float, float]:
+) -> KernelDistance:
     """Return mean and standard deviation of `polynomial_mmd2` over seeded subsets drawn without replacement.
 
-    The subset size is capped by the smaller set. The deviation is between subsets and no standard error: they overlap.
+    The subset size is capped by the smaller set. The deviation is between subsets and no standard error: they overlap. A row counts
+    as often as it was drawn.
     """
     size = min(subset_size, len(x), len(y))
     if size < 2:
         raise ValueError(f"the kernel distance needs two samples on each side; got {len(x)} and {len(y)}.")
     generator = torch.Generator().manual_seed(seed)
 
-    def subset(z: Tensor) -> Tensor:
-        return z[torch.randperm(len(z), generator=generator)[:size]]
+    values, witness = torch.empty(num_subsets, dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
+    for index in range(num_subsets):
+        chosen = torch.randperm(len(x), generator=generator)[:size]
+        found = polynomial_mmd2(x[chosen], y[torch.randperm(len(y), generator=generator)[:size]], scale)
+        values[index] = found.value
+        witness[chosen] += found.witness - found.witness.mean()
+    value, share = float(values.mean()), num_subsets * size / len(x)
+    return KernelDistance(value, float(values.std(correction=0)), value + 2 * witness / share)
 
-    found = [polynomial_mmd2(subset(x), subset(y), scale) for _ in range(num_subsets)]
-    values = torch.tensor(found, dtype=torch.float64)
-    return float(values.mean()), float(values.std(correction=0))
 
-
-def gaussian_mmd2(x: Tensor, y: Tensor, sigma: float) -> float:
+def gaussian_mmd2(x: Tensor, y: Tensor, sigma: float) -> Witnessed:
     """Return the biased squared MMD under exp(-|a - b|^2 / (2 sigma^2)): each mean is over all pairs, a = b among them.
 
     Zero for equal sets and never below but for rounding. With K the expectation of the kernel inside a distribution, it
@@ -64,16 +89,16 @@ def gaussian_mmd2(x: Tensor, y: Tensor, sigma: float) -> float:
     """
     x, y = x.double(), y.double()
 
-    def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-        sums = [(block / (-2 * sigma**2)).exp().sum() for block in squared_distance_blocks(a, b)]
-        return torch.stack(sums).sum() / (len(a) * len(b))
+    def mean_kernels(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([(block / (-2 * sigma**2)).exp().mean(1) for block in squared_distance_blocks(a, b)])
 
-    return float(mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+    own, other = mean_kernels(x, x), mean_kernels(x, y)
+    return Witnessed(float(own.mean() + mean_kernels(y, y).mean() - 2 * other.mean()), own - other)
 
 
 @dataclass(frozen=True)
 class KernelMetric:
-    """`kid`: mean over subsets of the unbiased squared kernel distance; `kid_subset_sd`: its spread over them.
+    """`kid`: mean over subsets of the unbiased squared kernel distance, with standard error; `kid_subset_sd`: its spread over them.
 
     normalised puts the mean squared norm of the reference's features in the place of d in the kernel. The published form
     suits features of about unit size; with larger ones the cubic term rules and the estimate is mostly noise.
@@ -89,8 +114,8 @@ class KernelMetric:
         """Return kid and kid_subset_sd."""
         ours, real = sample.tensor("features"), reference.tensor("features")
         scale = float(real.double().square().sum(1).mean()) if self.normalised else None
-        mean, spread = kernel_distance(ours, real, self.num_subsets, self.subset_size, seed, scale)
-        return {"kid": Value(mean), "kid_subset_sd": Value(spread)}
+        found = kernel_distance(ours, real, self.num_subsets, self.subset_size, seed, scale)
+        return {"kid": Value(found.value, standard_error(found.each), found.each), "kid_subset_sd": Value(found.subset_sd)}
 
 
 @dataclass(frozen=True)
@@ -108,5 +133,11 @@ class CmmdMetric:
 
     def __call__(self, sample: Sample, reference: Sample, seed: int) -> dict[str, Value]:
         """Return cmmd over all images of both; the biased estimator compares at equal numbers only."""
-        mmd2 = gaussian_mmd2(unit_rows(sample.tensor("features")), unit_rows(reference.tensor("features")), self.sigma)
-        return {"cmmd": Value(self.scale * mmd2)}
+        found = gaussian_mmd2(unit_rows(sample.tensor("features")), unit_rows(reference.tensor("features")), self.sigma)
+        each = self.scale * (found.value + 2 * (found.witness - found.witness.mean()))
+        return {"cmmd": Value(self.scale * found.value, standard_error(each), each)}
+
+
+def standard_error(each: Tensor) -> float:
+    """Return the standard error of the mean of independent values (N,)."""
+    return float(each.std()) / math.sqrt(len(each))
