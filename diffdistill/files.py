@@ -1,12 +1,19 @@
-"""Atomic files and folders: what is on disk is either the whole old thing or the whole new one."""
+"""Atomic files and folders: what is on disk is either the whole old thing or the whole new one.
+
+Both are written under a hidden name beside their place and take it when they are complete. What a killed process leaves under
+such a name is nobody's; `remove_leftovers` deletes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,7 +60,7 @@ def write_atomic(path: str | Path, content: str | bytes, durable: bool = True) -
         MachineError: the disk is full or the folder cannot be written; the old file is untouched.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = _aside(path)
     data = content.encode() if isinstance(content, str) else content
     with _explained(path):
         try:
@@ -78,32 +85,71 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a folder beside `path` to fill; on success flush every file and rename it to `path`, else delete it.
+    """Yield a folder beside `path` to fill; on success flush every file and let it take the place of `path`, else delete it.
 
-    An existing folder at `path` is replaced only after the new one is complete.
+    An existing folder at `path` is replaced only when the new one is complete.
 
     Raises:
         MachineError: the disk is full or the place cannot be written; the old folder is untouched.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = _aside(path)
     with _explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             yield aside
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    _fsync(file)
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            for inside in (*aside.rglob("*"), aside):
+                if not inside.is_symlink():
+                    _fsync(inside)
             if path.exists():
-                os.replace(path, old)
-            os.replace(aside, path)
+                _exchange(aside, path)  # what was at `path` is deleted below
+            else:
+                os.replace(aside, path)
             _fsync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what killed processes of this machine left half written in a folder; what others may be writing stays."""
+    written_here = re.compile(rf"\..+\.{re.escape(platform.node())}-(\d+)\.tmp")
+    for path in Path(folder).glob(".*.tmp"):
+        if (found := written_here.fullmatch(path.name)) and not _runs(int(found[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """Return the hidden name under which this process writes what will be `path`."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Let two folders change names, at once where the system can (Linux); elsewhere there is a moment without `b`."""
+    exchange = 2  # RENAME_EXCHANGE, of linux/fs.h
+    here = -100  # AT_FDCWD
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return
+    between = a.with_name(f"{a.name}.old")
+    os.replace(b, between)
+    os.replace(a, b)
+    os.replace(between, a)
 
 
 def sha256(path: str | Path) -> str:

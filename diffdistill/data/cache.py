@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffdistill.data.batches import Sample
 from diffdistill.errors import UserError
-from diffdistill.files import hash_json, write_atomic, write_json
+from diffdistill.files import hash_json, remove_leftovers, write_atomic, write_json
 
 X0 = "x0"
 READABLE = "readable"
@@ -129,6 +129,7 @@ class TensorCache:
         if share and len(missing) < self.num_shards:
             self._slices(next(shard for shard in range(self.num_shards) if shard not in missing))  # what rows are like
         if process_index == 0:
+            remove_leftovers(self.folder)
             write_json(self.folder / "key.json", self.key)
         for done, shard in enumerate(share):
             if stop():

@@ -163,7 +163,7 @@ def best_score(folder: Path) -> float | None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process left half written. Call only while no other process writes here."""
-    for path in [*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")]:
+    for path in folder.glob(".step_*.tmp*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from diffdistill.config import RunConfig, dump_config
 from diffdistill.errors import UserError
-from diffdistill.files import hash_json, write_atomic, write_json
+from diffdistill.files import hash_json, remove_leftovers, write_atomic, write_json
 from diffdistill.training import checkpoint
 from diffdistill.yaml_files import read_yaml
 
@@ -117,6 +117,7 @@ class RunFolder:
     def begin(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write config and environment; a resumed run adds its environment to the list. Call with the lock held."""
         checkpoint.remove_leftovers(self.checkpoints)
+        remove_leftovers(self.path)
         sessions = self._sessions()
         if not self.has_begun:  # an attempt that failed at once may have left another config
             write_atomic(self.config, dump_config(config))
