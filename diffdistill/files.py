@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffdistill.errors import MachineError
+from diffdistill.errors import MachineError, UserError
 
 CACHE = Path.home() / ".cache" / "diffdistill"
 """Where what can be made again is kept, unless told otherwise."""
@@ -150,6 +150,20 @@ def _exchange(a: Path, b: Path) -> None:
     os.replace(b, between)
     os.replace(a, b)
     os.replace(between, a)
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """Return folder / name, of a name that was read from a file.
+
+    Raises:
+        UserError: the name is absolute, empty, or leads out of the folder.
+    """
+    path, root = os.path.normpath(os.path.join(folder, name)), os.path.normpath(folder)
+    if os.path.commonpath([os.path.abspath(path), os.path.abspath(root)]) != os.path.abspath(root) or path == root:
+        raise UserError(
+            f"the name {name!r} leads out of {folder}; names are relative and have no '..'. Nothing is read or written there."
+        )
+    return Path(path)
 
 
 def sha256(path: str | Path) -> str:

@@ -117,6 +117,9 @@ class TeacherOptions(_Frozen):
         description="what the linear layers of the frozen network's blocks are rounded to, for adapters in the shared layout: int8 "
         "(torchao), or nf4 (bitsandbytes, on a GPU); null for as they are",
     )
+    trust_remote_code: bool = Field(
+        False, description="whether Python code that comes with the pipeline, for its text encoders, may run on this machine"
+    )
 
 
 class PairsConfig(_Frozen):

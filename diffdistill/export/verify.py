@@ -11,6 +11,7 @@ from typing import Any
 
 from diffdistill.errors import MachineError
 from diffdistill.export.manifest import Manifest, Verification
+from diffdistill.models.own_code import refuse_own_code
 
 SCRIPT = Path(__file__).with_name("stock_check.py")
 
@@ -37,6 +38,9 @@ def verify(folder: str | Path, base: str | None = None) -> Verification:
 def verify_all(folders: Sequence[str | Path], base: str | None = None) -> list[Verification]:
     """Check several exports in one process (importing the libraries takes longest); as `verify`."""
     manifests = [Manifest.read(folder) for folder in folders]
+    for index in (Path(folder) / "model_index.json" for folder in folders):
+        if index.is_file():
+            refuse_own_code(json.loads(index.read_bytes()), index.parent)
     report = _run([str(folder) for folder in folders], base)
     assert not report["diffdistill_modules"], f"the check imported {report['diffdistill_modules']}; it must be stock only"
     found = []

@@ -24,6 +24,7 @@ from diffdistill.models.conditioning import Asked, ClassConditioner, Conditioner
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.network import Classes, EDMDenoiser, Family, FamilyDenoiser, NetworkDenoiser
+from diffdistill.models.own_code import refuse_own_code
 from diffdistill.models.quantize import Quantization, quantize
 from diffdistill.models.weightless import on_meta
 
@@ -261,6 +262,7 @@ def load_teacher(
     variant: str | None = None,
     size: int | None = None,
     quantized: Quantization | None = None,
+    trust_remote_code: bool = False,
 ) -> Teacher:
     """Load a teacher from a diffusers pipeline folder, a hub id, or an embedded name.
 
@@ -273,16 +275,18 @@ def load_teacher(
         variant: of the weight files, such as "fp16"; parts without it are loaded from their plain files.
         size: edge of the images in pixels; None for the size the network was made for.
         quantized: what the network's block weights are rounded to, see `quantize`; such a teacher carries adapters only.
+        trust_remote_code: whether code that comes with the pipeline may run, see `own_code`.
     Returns:
         The frozen teacher, in eval mode.
     Raises:
         UserError: nothing there, not a diffusers folder, a class that is not supported, a size its autoencoder cannot make,
-            or no package that rounds.
+            code of its own, or no package that rounds.
     """
     import diffusers
 
     folder = resolve(path)
     index = read_index(folder)
+    refuse_own_code(index, folder, trust_remote_code)
     component, class_name = _network_entry(index, folder)
     family, device = FAMILIES[class_name], torch.device(device)
     network = _load_network(folder, component, class_name, variant, dtype, device)
@@ -310,7 +314,8 @@ def load_teacher(
     conditioner: Conditioner = ClassConditioner(family.classes(network, notes.get("num_classes")), str(path), device)
     if family.reads_text:
         plain = variant is None or _lacks_variant(folder, "text_encoder", variant)
-        options = {"torch_dtype": dtype} | ({} if plain else {"variant": variant})
+        options: dict[str, Any] = {"torch_dtype": dtype} | ({} if plain else {"variant": variant})
+        options |= {"trust_remote_code": True} if trust_remote_code else {}
         image_size = codec.image_shape(shape)[1:]
         conditioner = PromptConditioner(
             index["_class_name"], folder, index, family, network, image_size, guidance, str(path), device, options

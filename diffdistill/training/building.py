@@ -57,7 +57,9 @@ def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:
     """Load the run's teacher as the config asks."""
     options = config.teacher_options
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    return load_teacher(config.teacher, dtype, device, options.variant, options.size, options.quantize)
+    return load_teacher(
+        config.teacher, dtype, device, options.variant, options.size, options.quantize, options.trust_remote_code
+    )
 
 
 def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:

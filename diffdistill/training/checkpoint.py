@@ -131,6 +131,8 @@ def find_fault(path: Path) -> str | None:
     if content["schema"] != SCHEMA:
         return f"it was written by another version (schema {content['schema']}, this one reads {SCHEMA})"
     for file, digest in content["files"].items():
+        if Path(file).name != file:
+            return f"{STATE} names {file!r}, which is not a file of this folder"
         if not (path / file).is_file():
             return f"{file} is missing"
         if sha256(path / file) != digest:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.images import to_uint8
-from diffdistill.files import hash_json, write_atomic, write_json
+from diffdistill.files import hash_json, inside, write_atomic, write_json
 
 GenerateFromText = Callable[[list[int], list[str]], Tensor]
 """(seeds, prompts) -> images (B, C, H, W) in [-1, 1]; image k depends on seed and prompt k only."""
@@ -72,10 +72,12 @@ def write_folder(
         part: (rank, number of processes), each of which makes its share of the files.
         progress: called with (files done, files in all) of this process.
     Raises:
-        UserError: the folder holds images made by something else, or images that the scorer cannot take.
+        UserError: the folder holds images made by something else, images that the scorer cannot take, or a place that is not in it.
         MachineError: the disk is full or the folder cannot be written.
     """
     folder = Path(folder)
+    for place in (*layout.texts, *(file.place for file in layout.files)):
+        inside(folder, place)
     _claim(folder, layout, made_by)
     for place, text in layout.texts.items():
         if not (folder / place).exists():
