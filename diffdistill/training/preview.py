@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,20 +16,40 @@ from diffdistill.distillers.base import Distiller
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.files import write_atomic
 from diffdistill.math import grids
+from diffdistill.math.prediction import Prediction
+from diffdistill.models.condition import Condition
 from diffdistill.models.conditioning import Asked
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import Denoiser, View
 from diffdistill.models.loading import Teacher
 from diffdistill.models.roles import Roles
 from diffdistill.sampling.generate import Generate, image_generator
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.training import drift
-from diffdistill.training.stopping import Diverged
+from diffdistill.training.stopping import Diverged, Interrupted
 from diffdistill.training.text_data import texts
 
 TEACHER_STEPS = 50
 COLUMNS = 10
 PIXELS = 32  # an image is enlarged by a whole factor to about this edge
+
+
+class Stoppable(View):
+    """Another denoiser until the run is asked to stop, then `Interrupted`: a signal waits for one pass, not for all the images.
+
+    Args:
+        inner: that denoiser.
+        asked_to_stop: asked before each pass.
+    """
+
+    def __init__(self, inner: Denoiser, asked_to_stop: Callable[[], bool]) -> None:
+        self.inner, self.schedule, self.sample_shape, self._asked = inner, inner.schedule, inner.sample_shape, asked_to_stop
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """Answer as the other does; raises Interrupted."""
+        if self._asked():
+            raise Interrupted
+        return self.inner(x_t, t, cond)
 
 
 class Preview:
@@ -39,10 +59,13 @@ class Preview:
         num: images.
         seed: of the run.
         asked: labels or prompts, one for each image.
+        asked_to_stop: looked at before each pass of a network; where it says so, sampling ends in `Interrupted`.
     """
 
-    def __init__(self, teacher: Teacher, num: int, seed: int, asked: Asked) -> None:
-        self.teacher, self.seed, self.asked = teacher, seed, asked
+    def __init__(
+        self, teacher: Teacher, num: int, seed: int, asked: Asked, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.teacher, self.seed, self.asked, self._asked_to_stop = teacher, seed, asked, asked_to_stop
         self.seeds = [derive_seed(seed, "preview", k) for k in range(num)]
         self.labels = asked if isinstance(asked, Tensor) else None
         self._cond = teacher.condition(asked, num)  # kept: text encoders are released after it
@@ -59,7 +82,8 @@ class Preview:
 
     @torch.no_grad()
     def _images(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
-        states = sampler.sample(denoiser, Noise(self.seeds, self.teacher.device), self._cond)
+        stoppable = Stoppable(denoiser, self._asked_to_stop)
+        states = sampler.sample(stoppable, Noise(self.seeds, self.teacher.device), self._cond)
         return self.teacher.codec.decode(states).clamp(-1, 1)
 
     def figures(self, images: Tensor) -> dict[str, float]:
@@ -100,9 +124,9 @@ def _padded(rows: list[Tensor]) -> Tensor:
     return torch.cat([torch.cat([row, row.new_full((width - len(row), *row.shape[1:]), -1)]) for row in rows])
 
 
-def finite_generator(teacher: Teacher, roles: Roles, sampler: Sampler) -> Generate:
+def finite_generator(teacher: Teacher, student: Denoiser, sampler: Sampler) -> Generate:
     """Return the generator of the student's images, which raises Diverged for images that are not finite."""
-    inner = image_generator(teacher, roles["student"], sampler)
+    inner = image_generator(teacher, student, sampler)
 
     def generate(seeds: list[int], asked: Asked) -> Tensor:
         return _finite(inner(seeds, asked))
@@ -129,14 +153,18 @@ class Validation:
     Args:
         protocol: a name or a YAML file.
         steps: student step counts to score.
+        asked_to_stop: as in `Preview`.
     """
 
-    def __init__(self, teacher: Teacher, protocol: str, steps: tuple[int, ...]) -> None:
+    def __init__(
+        self, teacher: Teacher, protocol: str, steps: tuple[int, ...], asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:
         from diffdistill.evaluation.protocol import load_protocol
         from diffdistill.evaluation.reference import references_folder
         from diffdistill.evaluation.views import open_views
 
-        self.teacher, self.steps, self.protocol = teacher, steps, load_protocol(protocol).pinned()
+        self.teacher, self.steps, self._asked_to_stop = teacher, steps, asked_to_stop
+        self.protocol = load_protocol(protocol).pinned()
         self.views = open_views(self.protocol, cache=references_folder())
 
     def scores(self, roles: Roles, distiller: Distiller) -> dict[str, float]:
@@ -147,7 +175,7 @@ class Validation:
         for count in self.steps:
             sampler = distiller.sampler(count)
             result = evaluate(
-                finite_generator(self.teacher, roles, sampler),
+                finite_generator(self.teacher, Stoppable(roles["student"], self._asked_to_stop), sampler),
                 self.protocol,
                 nfe=sampler.nfe,
                 num_steps=count,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from diffdistill.training.optimizers import learning_rate
 from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress
-from diffdistill.training.stopping import Diverged, Stopped, StopSignals
+from diffdistill.training.stopping import Diverged, Interrupted, Stopped, StopSignals
 from diffdistill.training.stored import StoredStates, origin_of
 from diffdistill.training.text_data import texts
 from diffdistill.training.tracking import Tracker
@@ -199,10 +199,11 @@ class _Run:
         samples, validation = config.samples, config.validation
         self.preview = None
         if samples is not None and self.is_main:
-            self.preview = Preview(self.teacher, samples.num, config.seed, asked_in_samples(config, self.teacher, samples.num))
-        self.validation = (
-            Validation(self.teacher, validation.protocol, validation.steps) if validation is not None and self.is_main else None
-        )
+            asked = asked_in_samples(config, self.teacher, samples.num)
+            self.preview = Preview(self.teacher, samples.num, config.seed, asked, self.processes.asked_to_stop)
+        self.validation = None
+        if validation is not None and self.is_main:
+            self.validation = Validation(self.teacher, validation.protocol, validation.steps, self.processes.asked_to_stop)
         if config.exportable:
             last = config.stages[-1]
             sampler = build_distiller(last, self.roles).sampler(preview_steps(config, last))
@@ -252,6 +253,9 @@ class _Run:
             for role, optimizer in engine.optimizers.items():
                 optimizer.load_state(found.tensors[f"optimizer-{role}"])
             engine.load_state(found.state["engine"])
+        if found is not None and found.state.get("left"):
+            looks = [name for name in found.state["left"] if name in self._looks]
+            self._keep(stage, engine, first - 1, looks, saves=first == stage.steps, stops=False)
         for step in range(first, stage.steps):
             engine.step(step, stop=self.processes.asked_to_stop())
             self.done += 1
@@ -259,33 +263,41 @@ class _Run:
             self._after_step(stage, engine, step)
 
     def _after_step(self, stage: StageConfig, engine: Engine, step: int) -> None:
-        """Do what is due after a step: finish the stage, log, preview, evaluate, save, stop."""
+        """Do what is due after a step: finish the stage, log, look, save, stop."""
         config, ends = self.config, step + 1 == stage.steps
         logs = ends or self.done % config.logging.every_steps == 0
         saves = ends or self.done % config.checkpoint.every_steps == 0
-        samples = self.preview is not None and self._due(config.samples)
-        validates = self.validation is not None and self._due(config.validation)
+        looks = [name for name, setting in self._looks.items() if self._due(setting)]
         stops = self._stops(engine, logs)
-        if self.on_cpu or logs or saves or stops or samples or validates:
+        if self.on_cpu or logs or saves or stops or looks:
             skipped = self.skipped_before + self._check(engine)
         if ends:
             engine.distiller.finish()
         if logs:
             self._log(stage, engine, step, skipped)
-        if samples:
-            self._show_samples(stage, engine)
-        metrics = self._validate(engine) if validates else {}
-        if samples or validates:
-            self.teacher.codec.offload()
+        self._keep(stage, engine, step, looks, saves, stops)
+
+    def _keep(self, stage: StageConfig, engine: Engine, step: int, looks: Sequence[str], saves: bool, stops: bool) -> None:
+        """Look at the student in the ways named, save, stop; what a signal cuts off is due when the run goes on."""
+        metrics, left = self._look(stage, engine, looks)
+        stops = stops or (bool(left) and self.accelerator.num_processes == 1)  # of several, the others are at the next step
+        cut = stops and self.processes.any(bool(left))
+        ended = step + 1 == stage.steps and not left
         if saves or stops or self._is_best(metrics):
-            if ends:
-                self.skipped_before = skipped
+            if ended:
+                self.skipped_before += self._check(engine)
             if self.is_main:
-                self._save(engine, 0 if ends else step + 1, metrics)
-        if stops and self.done < config.total_steps:
-            raise self._stopped(f"step {self.done} of {config.total_steps}")
+                self._save(engine, 0 if ended else step + 1, metrics, left)
+        if stops and (cut or self.done < self.config.total_steps):
+            raise self._stopped(f"step {self.done} of {self.config.total_steps}")
 
     # What is due when
+
+    @property
+    def _looks(self) -> dict[str, Any]:
+        """The ways in which this process looks at the student, and the settings that say when."""
+        able = {"samples": self.preview is not None, "validation": self.validation is not None}
+        return {name: getattr(self.config, name) for name, possible in able.items() if possible}
 
     def _due(self, setting: Any) -> bool:
         return setting is not None and (self.done % setting.every_steps == 0 or self.done == self.config.total_steps)
@@ -330,6 +342,21 @@ class _Run:
             self.last = {**means, **rates, "skipped": skipped, "stage": engine.stage}
             self.tracker.log(self.done, {**self.last, "steps_per_sec": speed, "seconds": time.perf_counter() - self.started})
 
+    def _look(self, stage: StageConfig, engine: Engine, looks: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+        """Make samples, and scores; return the scores, and what a signal has cut off."""
+        metrics: dict[str, float] = {}
+        for done, name in enumerate(looks):
+            try:
+                if name == "samples":
+                    self._show_samples(stage, engine)
+                else:
+                    metrics = self._validate(engine)
+            except Interrupted:
+                return metrics, list(looks[done:])
+        if looks:
+            self.teacher.codec.offload()
+        return metrics, []
+
     def _show_samples(self, stage: StageConfig, engine: Engine) -> None:
         assert self.preview is not None and self.tracker is not None
         sampler = engine.distiller.sampler(preview_steps(self.config, stage))
@@ -359,8 +386,8 @@ class _Run:
         with contextlib.nullcontext() if self.shadow is None else self.roles.using("student", self.shadow.state()):
             yield
 
-    def _save(self, engine: Engine, stage_step: int, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint from which the run goes on at `stage_step` of the stage; 0 where the stage has ended."""
+    def _save(self, engine: Engine, stage_step: int, metrics: Mapping[str, float], left: Sequence[str]) -> None:
+        """Write a checkpoint from which the run goes on with the looks `left` at `stage_step` of the stage; 0 where it has ended."""
         ended = stage_step == 0
         tensors = {f"role-{role}": self.roles.state(role) for role in stored_roles(self.roles)}
         if self.shadow is not None:
@@ -371,6 +398,7 @@ class _Run:
             "stage": engine.stage + 1 if ended else engine.stage,
             "stage_step": stage_step,
             "metrics": dict(metrics),
+            "left": list(left),
             "engine": None if ended else engine.state(),
             "skipped_before": self.skipped_before,
             "micro_batch_size": self.size,

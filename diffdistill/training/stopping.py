@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early, and the signals that ask for one of them."""
+"""The ways in which a run, or a part of it, ends early, and the signals that ask for that."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from diffdistill.errors import MachineError
 
 class Stopped(Exception):
     """A signal asked the run to stop; it finished its step and saved. The message says how to go on; exit status 0."""
+
+
+class Interrupted(Exception):
+    """Samples or an evaluation were left undone, for a signal came while they were made; the run saves, and resumes with them."""
 
 
 class Diverged(MachineError):
