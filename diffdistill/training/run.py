@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffdistill.config import RunConfig, StageConfig, TextData
 from diffdistill.errors import UserError
@@ -127,8 +128,9 @@ class _Run:
             torch.cuda.reset_peak_memory_stats()  # what is reported is the peak of the steps, not of encoding the data
         try:
             first = 0 if found is None else found.state["stage"]
-            for stage in range(first, len(self.config.stages)):
-                self._stage(stage, found if stage == first else None)
+            with self._telling_what_is_left():
+                for stage in range(first, len(self.config.stages)):
+                    self._stage(stage, found if stage == first else None)
         finally:
             self.progress.close()
             if self.tracker is not None:
@@ -270,7 +272,7 @@ class _Run:
         looks = [name for name, setting in self._looks.items() if self._due(setting)]
         stops = self._stops(engine, logs)
         if self.on_cpu or logs or saves or stops or looks:
-            skipped = self.skipped_before + self._check(engine)
+            skipped = self.skipped_before + engine.guard.check()
         if ends:
             engine.distiller.finish()
         if logs:
@@ -285,7 +287,7 @@ class _Run:
         ended = step + 1 == stage.steps and not left
         if saves or stops or self._is_best(metrics):
             if ended:
-                self.skipped_before += self._check(engine)
+                self.skipped_before += engine.guard.check()
             if self.is_main:
                 self._save(engine, 0 if ended else step + 1, metrics, left)
         if stops and (cut or self.done < self.config.total_steps):
@@ -328,11 +330,15 @@ class _Run:
 
     # What is done then
 
-    def _check(self, engine: Engine) -> int:
+    @contextlib.contextmanager
+    def _telling_what_is_left(self) -> Iterator[None]:
+        """Add to a breakdown which weights are beyond repair, and from where the run can go on."""
         try:
-            return engine.guard.check()
+            yield
         except Diverged as error:
-            raise Diverged(f"{error} {self.standing}") from None
+            broken = [role for role in stored_roles(self.roles) if not _finite(self.roles.parameters(role))]
+            lost = f" The weights of {', '.join(broken)} are not finite; no step can mend them." if broken else ""
+            raise Diverged(f"{error}{lost} {self.standing}") from None
 
     def _log(self, stage: StageConfig, engine: Engine, step: int, skipped: int) -> None:
         means = engine.meter.read()
@@ -418,6 +424,10 @@ class _Run:
         """Print a line, in the main process alone."""
         if self.show:
             print(text, flush=True)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def preview_steps(config: RunConfig, stage: StageConfig) -> int:

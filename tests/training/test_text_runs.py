@@ -243,5 +243,6 @@ def test_run_folder_says_how_the_teacher_was_loaded(place):
         "dtype": "fp32",
         "variant": None,
         "size": 16,
+        "trust_remote_code": False,
         "quantize": None,
     }
