@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: install quickstart test test-gpu test-oldest lint types bench study mutation clean
+.PHONY: install quickstart test test-gpu test-oldest faults lint types bench study mutation clean
 
 install: $(STAMP)
 
@@ -26,6 +26,9 @@ test-gpu: install  ## what only a GPU shows
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+
+faults: install  ## kill -9, 50 times each, of training, caching, evaluating and exporting (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_kills.py --kills 50 -s -rA
 
 # The newest torch, and of these four libraries the oldest version that pyproject.toml allows. Not [dev], whose torchao needs a later diffusers.
 $(OLDEST_STAMP): pyproject.toml

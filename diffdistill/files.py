@@ -26,7 +26,8 @@ CACHE = Path.home() / ".cache" / "diffdistill"
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: str | Path) -> Iterator[None]:
+    """Turn the system's errors of a full disk and of a place that cannot be written, while `path` is written, into MachineError."""
     try:
         yield
     except OSError as error:
@@ -62,7 +63,7 @@ def write_atomic(path: str | Path, content: str | bytes, durable: bool = True) -
     path = Path(path)
     aside = _aside(path)
     data = content.encode() if isinstance(content, str) else content
-    with _explained(path):
+    with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as handle:
@@ -94,7 +95,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     aside = _aside(path)
-    with _explained(path):
+    with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import RunConfig, StageConfig, TextData
-from diffdistill.errors import UserError
+from diffdistill.errors import MachineError, UserError
 from diffdistill.export.plan import plan
+from diffdistill.files import explained
 from diffdistill.training import checkpoint
 from diffdistill.training.building import (
     build_accelerator,
@@ -332,13 +333,16 @@ class _Run:
 
     @contextlib.contextmanager
     def _telling_what_is_left(self) -> Iterator[None]:
-        """Add to a breakdown which weights are beyond repair, and from where the run can go on."""
+        """Add to a breakdown, and to a full disk, which weights are beyond repair and from where the run can go on."""
         try:
-            yield
+            with explained(self.folder.path):
+                yield
         except Diverged as error:
             broken = [role for role in stored_roles(self.roles) if not _finite(self.roles.parameters(role))]
             lost = f" The weights of {', '.join(broken)} are not finite; no step can mend them." if broken else ""
             raise Diverged(f"{error}{lost} {self.standing}") from None
+        except MachineError as error:
+            raise MachineError(f"{error} {self.standing}") from error
 
     def _log(self, stage: StageConfig, engine: Engine, step: int, skipped: int) -> None:
         means = engine.meter.read()

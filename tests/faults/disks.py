@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 NEWUSER, NEWNS = 0x10000000, 0x00020000  # of linux/sched.h
 RDONLY, REMOUNT, BIND, PRIVATE, REC = 1, 32, 4096, 1 << 18, 16384  # of linux/mount.h
@@ -45,6 +46,7 @@ def _in_namespace(mount: Callable[[ctypes.CDLL], None], action: Callable[[], obj
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # those of the parent are not in the fork
             libc = ctypes.CDLL(None, use_errno=True)
             try:
                 _enter(libc)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 # What Python reports before it does it (sys.addaudithook). Reading is among it, which is harmless: a kill there is one more moment.
 OPERATIONS = {
@@ -56,14 +60,21 @@ def in_child(action: Callable[[], object], folder: Path, kill_before: int | None
     """Run an action in a fork of this process and return how it ended: SURVIVED, -SIGKILL, or 1 for an exception."""
     child = os.fork()
     if child == 0:
-        status = 1
-        try:
-            Watch(folder, kill_before)
-            action()
-            status = SURVIVED
-        finally:
-            os._exit(status)
+        _end(lambda: (Watch(folder, kill_before), action()))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _end(action: Callable[[], object]) -> NoReturn:
+    """Do an action and end this process, a fork, with SURVIVED, or with 1 after the traceback of an exception."""
+    status = 1
+    try:
+        torch.set_num_threads(1)  # those of the parent are not in the fork
+        action()
+        status = SURVIVED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def kills(action: Callable[[], object], folder: Path) -> Iterator[int]:
@@ -74,3 +85,28 @@ def kills(action: Callable[[], object], folder: Path) -> Iterator[int]:
         assert ended == -signal.SIGKILL, f"the action failed before operation {moment}"
         yield moment
     raise AssertionError("the action does not end")
+
+
+def count_operations(action: Callable[[], object], folder: Path) -> int:
+    """Return how many file operations an action makes below a folder."""
+    reader, writer = os.pipe()
+
+    def counted() -> None:
+        watch = Watch(folder)
+        action()
+        os.write(writer, str(watch.count).encode())
+
+    assert in_child(counted, folder) == SURVIVED
+    os.close(writer)
+    with open(reader) as pipe:
+        return int(pipe.read())
+
+
+def killed_after(action: Callable[[], object], folder: Path, seconds: float) -> int:
+    """Run an action in a fork of this process and kill it after a time; return how it ended, as `in_child`."""
+    child = os.fork()
+    if child == 0:
+        _end(action)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
