@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from diffdistill.models.quantize import num_values, stored_bytes
 from diffdistill.models.roles import HEAD, Roles
-from diffdistill.training.optimizers import OptimizerConfig
+from diffdistill.training.optimizers import OptimizerConfig, moment_bytes
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,7 @@ def _row(
 ) -> MemoryRow:
     weights, adapters = ([*base], [*own]) if adapted else ([*base, *own], [])
     gradient = 0 if optimizer is None else nbytes(own)
-    moments = 0
-    if optimizer is not None:
-        moments = int(optimizer.betas[0] > 0) if optimizer.name == "sgd" else 2
+    moments = 0 if optimizer is None else sum(moment_bytes(parameter, optimizer) for parameter in own)
     return MemoryRow(
         role,
         sum(num_values(tensor) for tensor in (*weights, *adapters) if isinstance(tensor, nn.Parameter)),
@@ -179,7 +177,7 @@ def _row(
         nbytes(weights),
         nbytes(adapters),
         gradient,
-        moments * gradient,
+        moments,
     )
 
 

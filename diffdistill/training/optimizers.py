@@ -1,12 +1,17 @@
 """Optimisers and learning rates: one per trained role, able to skip an update whose gradient is not finite.
 
 AdamW, Adam and SGD run as fused kernels, which take a tensor `found_inf` and leave weights and moments alone where it is 1:
-the decision stays on the device and nothing waits for it. RAdam has no fused kernel, so there the flag is read on the host,
-one synchronisation per turn on a GPU.
+the decision stays on the device and nothing waits for it. RAdam and the 8-bit optimisers have no such kernel, so there the flag
+is read on the host, one synchronisation per turn on a GPU.
+
+The 8-bit AdamWs keep both moments as codes of eight bits, a scale for each block of 256 values; tensors of fewer than 4,096 values
+keep whole moments. Source: arXiv:2110.02861.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -18,7 +23,12 @@ from torch.nn import Parameter
 
 from diffdistill.errors import UserError, unknown_name
 
-OptimizerName = Literal["adamw", "adam", "radam", "sgd"]
+OptimizerName = Literal["adamw", "adam", "radam", "sgd", "adamw8bit", "adamw8bit_bnb"]
+
+EIGHT_BIT: Mapping[str, str] = {"adamw8bit": "torchao", "adamw8bit_bnb": "bitsandbytes"}  # name -> the package it comes from
+_UNFUSED = {"radam", *EIGHT_BIT}  # kernels that do not take `found_inf`
+_BLOCK = 256  # values that share a scale, in both packages
+_LEAST_ROUNDED = 4096  # values of a tensor whose moments are rounded, in both packages
 
 
 class OptimizerConfig(BaseModel):
@@ -26,7 +36,11 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: OptimizerName = Field("adamw", description="adamw, adam, radam, or sgd with momentum betas[0]")
+    name: OptimizerName = Field(
+        "adamw",
+        description="adamw, adam, radam, sgd with momentum betas[0], or adamw with moments of 8 bits: adamw8bit (torchao), "
+        "adamw8bit_bnb (bitsandbytes)",
+    )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field(
         (0.9, 0.999), description="decay of the first and second moment, each in [0, 1); sgd takes the first as its momentum"
@@ -93,12 +107,47 @@ def _sgd(parameters: list[Parameter], config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
+def _adamw8bit(parameters: list[Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    require_package(config)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, config.lr, config.betas, config.eps, config.weight_decay)
+
+
+def _adamw8bit_bnb(parameters: list[Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    require_package(config)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, config.lr, config.betas, config.eps, config.weight_decay)
+
+
+def require_package(config: OptimizerConfig) -> None:
+    """Raise UserError where the package that an optimiser comes from is not installed."""
+    package = EIGHT_BIT.get(config.name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"optimizer {config.name} needs {package}. Install it with `pip install 'diffdistill[{package}]'`, or set name: adamw."
+        )
+
+
 BUILDERS: Mapping[str, Callable[[list[Parameter], OptimizerConfig], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adam": _adam,
     "radam": _radam,
     "sgd": _sgd,
+    "adamw8bit": _adamw8bit,
+    "adamw8bit_bnb": _adamw8bit_bnb,
 }
+
+
+def moment_bytes(parameter: Tensor, config: OptimizerConfig) -> int:
+    """Return the bytes of the moments that an optimiser keeps of a parameter."""
+    size = parameter.numel()
+    fits_blocks = config.name == "adamw8bit_bnb" or size % _BLOCK == 0  # torchao has no block that is cut short
+    if config.name in EIGHT_BIT and size >= _LEAST_ROUNDED and fits_blocks:
+        return 2 * (size + math.ceil(size / _BLOCK) * 4)
+    moments = int(config.betas[0] > 0) if config.name == "sgd" else 2
+    return moments * size * parameter.element_size()
 
 
 class RoleOptimizer:
@@ -120,20 +169,23 @@ class RoleOptimizer:
 
     def step(self, step: int, found_inf: Tensor) -> None:
         """Update with the rate of this step, unless found_inf, a 0-dim float32 tensor, is 1."""
+        rate = learning_rate(self.config, step, self.total_steps)
         for group in self.inner.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.total_steps)
-        if self.config.name == "radam":
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        if self.config.name in _UNFUSED:
             if not bool(found_inf):
-                self.inner.step()
+                with _as_it_is(self.parameters[0].device):
+                    self.inner.step()
             return
         self.inner.grad_scale, self.inner.found_inf = None, found_inf  # type: ignore[attr-defined]
         self.inner.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Return moments and counters as "index.name" -> tensor; every optimiser here keeps tensors only."""
-        state = self.inner.state_dict()["state"]
+        """Return moments and counters as "index.name" -> plain tensor; of a rounded moment its parts, "index.name.codes"."""
         return {
-            f"{index}.{name}": value for index, values in state.items() for name, value in values.items() if value is not None
+            f"{index}.{name}": value
+            for index, parameter in enumerate(self.parameters)
+            for name, value in _plain(self.inner.state.get(parameter, {})).items()
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -142,4 +194,41 @@ class RoleOptimizer:
         for key, value in tensors.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
-        self.inner.load_state_dict({"state": state, "param_groups": self.inner.state_dict()["param_groups"]})
+        restored = {index: self._restored(values) for index, values in state.items()}
+        self.inner.load_state_dict({"state": restored, "param_groups": self.inner.state_dict()["param_groups"]})
+
+    def _restored(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the state of a parameter as its optimiser keeps it."""
+        if self.config.name == "adamw8bit_bnb":
+            return {**values, "step": int(values["step"])}
+        if self.config.name == "adamw8bit":
+            return _with_rounded_moments(values)
+        return dict(values)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state of a parameter as plain tensors."""
+    plain = {}
+    for name, value in values.items():
+        if hasattr(value, "__tensor_flatten__"):  # torchao: a shell around codes, scales and the table of the codes' values
+            plain |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        elif value is not None:
+            plain[name] = torch.as_tensor(value)
+    return plain
+
+
+def _with_rounded_moments(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the moments of torchao's optimiser together again; whole ones are left as they are."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    rounded = {name.removesuffix(".codes") for name in values if name.endswith(".codes")}
+    whole = {name: value for name, value in values.items() if name.partition(".")[0] not in rounded}
+    return whole | {
+        name: OptimState8bit(*(values[f"{name}.{part}"] for part in ("codes", "scale", "qmap")), signed=name == "exp_avg")
+        for name in rounded
+    }
+
+
+def _as_it_is(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Leave what an optimiser compiles uncompiled on a CPU, where torchao's update takes ten seconds for each shape."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()

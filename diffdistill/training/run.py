@@ -33,7 +33,7 @@ from diffdistill.training.data_feed import build_source, micro_batch_size
 from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder, config_hash
 from diffdistill.training.loading import load_roles, stored_roles
-from diffdistill.training.optimizers import learning_rate
+from diffdistill.training.optimizers import learning_rate, require_package
 from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress
@@ -175,6 +175,9 @@ class _Run:
         config = self.config
         if isinstance(config.data, TextData):
             texts(config.data)  # what is wrong with them is told before a large teacher is loaded
+        for stage in config.stages:
+            for role in stage.trained:
+                require_package(stage.optimizer(role))
         self.teacher = open_teacher(config, self.accelerator.device)
         self.fingerprints = self.teacher.fingerprints()
         self.folder.check_teacher(self.fingerprints)

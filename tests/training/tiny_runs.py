@@ -29,12 +29,12 @@ except Stopped as stopped:
 """
 
 
-def save_teacher(folder: Path) -> Path:
-    """Save a class-conditional v-prediction UNet on 8x8 grey images, ten classes and the empty label."""
+def save_teacher(folder: Path, **options) -> Path:
+    """Save a class-conditional v-prediction UNet on 8x8 grey images, ten classes and the empty label; `options` go to `unet`."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     torch.manual_seed(0)
-    network = unet(attention=False, num_class_embeds=11)
+    network = unet(attention=False, num_class_embeds=11, **options)
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
     return save(DDIMPipeline(network, scheduler), folder, num_classes=10)
 
