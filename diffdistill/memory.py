@@ -31,6 +31,7 @@ class MemoryRow:
         adapter_bytes: what the role trains in place of a network.
         gradient_bytes, optimizer_bytes: of what it trains. Gradients are there during the role's turn alone.
         activation_bytes: the most that its turn has beside all of these at once: inputs, graph, intermediate results.
+        offloaded_bytes: kept in the memory of the CPU for a GPU (`offload` of optimiser and average); in no sum.
     """
 
     role: str
@@ -41,6 +42,7 @@ class MemoryRow:
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
     activation_bytes: int = 0
+    offloaded_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -101,7 +103,8 @@ class MemoryPlan:
         parts = ("weights", "adapter", "optimizer", "gradient", "activation")
         amounts = {part: getattr(peak, f"{part}_bytes") for part in parts}
         shown = " + ".join(f"{NAMES[part]} {readable(amount)}" for part, amount in amounts.items() if amount)
-        return f"{readable(peak.bytes)} = {shown} (turn of {self.heaviest.name})"
+        beside = f", and {readable(peak.offloaded_bytes)} in the memory of the CPU" if peak.offloaded_bytes else ""
+        return f"{readable(peak.bytes)} = {shown} (turn of {self.heaviest.name}){beside}"
 
 
 NAMES = {
@@ -121,13 +124,16 @@ def readable(amount: int) -> str:
 # What is kept
 
 
-def memory_rows(roles: Roles, optimizers: Mapping[str, OptimizerConfig], averaged: bool) -> list[MemoryRow]:
+def memory_rows(
+    roles: Roles, optimizers: Mapping[str, OptimizerConfig], averaged: bool, offloaded_average: bool = False
+) -> list[MemoryRow]:
     """Return a row for the teacher, each role, the head and the average; a tensor counts where it is seen first.
 
     Args:
         roles: on any device, the meta device too.
         optimizers: of the trained roles.
         averaged: whether an average of the student is kept.
+        offloaded_average: whether it is kept in the memory of the CPU.
     """
     networks = roles.networks
     own = {name: roles.parameters(name) for name in (*roles.names, *([HEAD] if HEAD in networks else []))}
@@ -138,7 +144,7 @@ def memory_rows(roles: Roles, optimizers: Mapping[str, OptimizerConfig], average
         seen |= {id(tensor) for tensor in base}
         rows.append(_row(name, base, own.get(name, ()), roles.adapted and name != HEAD, optimizers.get(name)))
     if averaged:
-        rows.append(_average_row(own["student"], roles.adapted))
+        rows.append(_average_row(own["student"], roles.adapted, offloaded_average))
     return rows
 
 
@@ -153,10 +159,17 @@ def total(rows: Sequence[MemoryRow], name: str = "all") -> MemoryRow:
     return MemoryRow(name, **sums)
 
 
-def _average_row(averaged: Sequence[Tensor], adapted: bool) -> MemoryRow:
+def without_a_gpu(row: MemoryRow) -> MemoryRow:
+    """Return the row as it is where the memory of the CPU is all there is."""
+    return replace(row, optimizer_bytes=row.optimizer_bytes + row.offloaded_bytes, offloaded_bytes=0)
+
+
+def _average_row(averaged: Sequence[Tensor], adapted: bool, offloaded: bool) -> MemoryRow:
     """Return the row of an average, which is kept in float32 or wider (see `Shadow`)."""
     wide = sum(tensor.numel() * torch.promote_types(torch.float32, tensor.dtype).itemsize for tensor in averaged)
     parameters = sum(tensor.numel() for tensor in averaged)
+    if offloaded:  # and beside it the weights that are taken in next
+        return MemoryRow("average of student", parameters, 0, 0, offloaded_bytes=wide + nbytes(averaged))
     return MemoryRow("average of student", parameters, 0, *((0, wide) if adapted else (wide, 0)))
 
 
@@ -177,7 +190,7 @@ def _row(
         nbytes(weights),
         nbytes(adapters),
         gradient,
-        moments,
+        *((0, 0, moments + 2 * gradient) if optimizer is not None and optimizer.offload else (moments,)),  # see `Twins`
     )
 
 

@@ -281,12 +281,12 @@ def _shown(row: SamplerRow) -> dict[str, Any]:
 
 def memory_table(plan: MemoryPlan) -> str:
     """Return the plan for a terminal: a row per role, and the peak."""
+    offloads = plan.peak.offloaded_bytes > 0
     stage = f"stage {plan.stage + 1}, its turn of {plan.heaviest.name}"
-    return f"memory of a step at its peak ({stage})\n" + columns([_sizes(row) for row in (*plan.rows, plan.peak)])
+    return f"memory of a step at its peak ({stage})\n" + columns([_sizes(row, offloads) for row in (*plan.rows, plan.peak)])
 
 
-def _sizes(row: MemoryRow) -> dict[str, Any]:
+def _sizes(row: MemoryRow, offloads: bool) -> dict[str, Any]:
     shown = {"role": row.role, "parameters": f"{row.parameters:,}", "trained": f"{row.trained:,}"}
-    return (
-        shown | {title: readable(getattr(row, f"{part}_bytes")) for part, title in NAMES.items()} | {"sum": readable(row.bytes)}
-    )
+    sizes = {title: readable(getattr(row, f"{part}_bytes")) for part, title in NAMES.items()} | {"sum": readable(row.bytes)}
+    return shown | sizes | ({"on the CPU": readable(row.offloaded_bytes)} if offloads else {})

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffdistill.math.schedules import VPSchedule
-from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, total
+from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, readable, total, without_a_gpu
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.network import NetworkDenoiser
@@ -74,6 +74,23 @@ def test_copies_with_adapters_hold_their_own_base_beside_them():
 def test_moments_are_those_of_the_optimiser(settings, moments):
     rows = plan(unet(), "copies", None, **settings)
     assert all(row.optimizer_bytes == moments * row.gradient_bytes for row in rows)
+
+
+def test_what_is_offloaded_is_on_the_cpu_and_in_no_sum():
+    denoiser = NetworkDenoiser(unet(), FAMILIES["UNet2DConditionModel"], SCHEDULE, "epsilon", (4, 8, 8))
+    optimizers = {"student": OptimizerConfig(offload=True), "fake": OptimizerConfig()}
+    rows = {row.role: row for row in memory_rows(build_roles(denoiser, ROLES, "copies"), optimizers, True, True)}
+    size = rows["teacher"].weights_bytes
+    assert (rows["student"].optimizer_bytes, rows["student"].bytes) == (0, 2 * size)
+    assert rows["student"].offloaded_bytes == (2 + 1 + 1) * size  # moments, a copy of the weights, the gradients on their way
+    assert (rows["fake"].optimizer_bytes, rows["fake"].offloaded_bytes) == (2 * size, 0)
+    assert (rows["average of student"].bytes, rows["average of student"].offloaded_bytes) == (0, 2 * size)
+    summary = MemoryPlan(0, tuple(rows.values()), (TurnMemory("student", ("student",), size, 0),)).summary()
+    assert summary.startswith(f"{readable(6 * size)} = ") and summary.endswith(
+        f"and {readable(6 * size)} in the memory of the CPU"
+    )
+    student = without_a_gpu(rows["student"])
+    assert (student.optimizer_bytes, student.offloaded_bytes) == (4 * size, 0)
 
 
 @pytest.mark.parametrize(("layout", "lora"), [("copies", None), ("shared", LoraSpec(rank=3, targets="attention"))])

@@ -217,6 +217,7 @@ class EmaConfig(_Frozen):
     """An average of the student's trained parameters, used for samples, evaluation and export."""
 
     decay: float = Field(0.999, gt=0, lt=1, description="share of the old average kept at each step")
+    offload: bool = Field(False, description="for a GPU: keeps the average in the memory of the CPU")
 
 
 class CheckpointConfig(_Frozen):

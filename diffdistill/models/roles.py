@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -313,27 +313,50 @@ class Shadow:
     Starts at the role's weights, without warm-up, and is kept in float32 or wider: at decay 0.9999 a half-precision average
     would not move.
 
+    Args:
+        offload: whether it lies in the memory of the CPU. `update` then only sends the weights on their way; they are taken in
+            when they are needed, or by the next `update`, by which time they are there. The values are the same.
+
     Attributes:
         decay: in [0, 1); 0 follows the role.
     """
 
-    def __init__(self, roles: Roles, name: str, decay: float) -> None:
-        self._parameters, self._name, self.decay = roles.named_parameters(name), name, decay
-        self._shadow = {key: parameter.detach().to(_wide(parameter), copy=True) for key, parameter in self._parameters.items()}
+    def __init__(self, roles: Roles, name: str, decay: float, offload: bool = False) -> None:
+        self._parameters, self._name, self.decay, self._offload = roles.named_parameters(name), name, decay, offload
+        device = torch.device("cpu") if offload else None
+        self._shadow = {
+            key: parameter.detach().to(device, _wide(parameter), copy=True) for key, parameter in self._parameters.items()
+        }
+        self._sent = {key: _pinned_like(parameter) for key, parameter in self._parameters.items()} if offload else {}
+        self._wait: Callable[[], None] | None = None  # for what was sent and is not taken in yet
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the role's weights of now."""
-        _lerp(list(self._shadow.values()), [parameter.data for parameter in self._parameters.values()], self.decay)
+        if self._offload:
+            self._take_in()
+            self._wait = _send(self._parameters, self._sent)
+        else:
+            _lerp(list(self._shadow.values()), [parameter.data for parameter in self._parameters.values()], self.decay)
+
+    @torch.no_grad()
+    def _take_in(self) -> None:
+        """Average what was sent."""
+        if self._wait is not None:
+            self._wait()
+            _lerp(list(self._shadow.values()), list(self._sent.values()), self.decay)
+            self._wait = None
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of the averaged tensors under the names of `Roles.state`, float32 or wider."""
+        self._take_in()
         return {key: tensor.clone() for key, tensor in self._shadow.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Write averaged tensors, e.g. from a checkpoint; names and shapes must fit exactly."""
         _check(self._shadow, state, f"the average of role {self._name!r}")
+        self._wait = None
         for key, tensor in self._shadow.items():
             tensor.copy_(state[key])
 
@@ -343,6 +366,22 @@ class Shadow:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(torch.float32, tensor.dtype)
+
+
+def _pinned_like(tensor: Tensor) -> Tensor:
+    """Return a tensor in the memory of the CPU that a GPU can write to while the CPU goes on."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _send(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Copy tensors into those of `_pinned_like`, and return what waits until they are there."""
+    for key, source in sources.items():
+        targets[key].copy_(source, non_blocking=True)
+    if not any(source.is_cuda for source in sources.values()):
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
 
 
 def _lerp(targets: list[Tensor], sources: list[Tensor], decay: float) -> None:

@@ -120,6 +120,7 @@ def build_engine(
 ) -> Engine:
     """Put stage `index` together: method, fresh optimisers, data in micro-batches of `size`."""
     stage = config.stages[index]
+    distiller = build_distiller(stage, roles)  # first: some set roles, and an optimiser may copy the weights it finds
     optimizers = {
         role: RoleOptimizer(role, roles.parameters(role), stage.optimizer(role), stage.steps) for role in stage.trained
     }
@@ -134,7 +135,7 @@ def build_engine(
         stage=index,
     )
     return Engine(
-        build_distiller(stage, roles),
+        distiller,
         roles,
         optimizers,
         feed,
@@ -149,7 +150,7 @@ def build_engine(
 
 def build_shadow(config: RunConfig, roles: Roles) -> Shadow | None:
     """Return the average of the student's weights, where the run keeps one."""
-    return None if config.ema is None else Shadow(roles, "student", config.ema.decay)
+    return None if config.ema is None else Shadow(roles, "student", config.ema.decay, config.ema.offload)
 
 
 def open_stage(config: RunConfig, teacher: Teacher, index: int = 0) -> tuple[Roles, Engine]:

@@ -5,7 +5,7 @@ turn), so there is no random state to save, and the number of processes changes 
 W takes the micro-batches r, r + W, ...; gradients and logged values are summed by one all-reduce per turn.
 
 A step never waits for the device, with three exceptions: `Meter.read` and `Guard.check`, which the caller times, and an
-optimiser without a fused kernel (see `optimizers`).
+optimiser without a fused kernel on the device (see `optimizers`).
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class Engine:
         optimizers = [self.optimizers[role] for role in turn.trains]
         self.roles.train_only(turn.trains)
         for optimizer in optimizers:
-            optimizer.inner.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
         # 1. Forward and backward, one graph at a time
         names, values = (), torch.zeros((), dtype=torch.float64, device=self.device)
@@ -251,7 +251,7 @@ class Engine:
         if self.accelerator.scaler is not None:
             excused = self.accelerator.scaler._scale > 1  # an overflow at a larger scale is the scale's, not the loss's
             for optimizer in optimizers:
-                self.accelerator.scaler.unscale_(optimizer.inner)
+                self.accelerator.scaler.unscale_(optimizer)
         for optimizer in optimizers:
             norm = get_total_norm([parameter.grad for parameter in optimizer.parameters])  # type: ignore[misc]
             if self.clip_grad_norm is not None:
@@ -262,7 +262,7 @@ class Engine:
         found_inf = (~finite).to(torch.float32)
         for optimizer in optimizers:
             optimizer.step(step, found_inf)
-            optimizer.inner.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
 

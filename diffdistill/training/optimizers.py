@@ -2,7 +2,7 @@
 
 AdamW, Adam and SGD run as fused kernels, which take a tensor `found_inf` and leave weights and moments alone where it is 1:
 the decision stays on the device and nothing waits for it. RAdam and the 8-bit optimisers have no such kernel, so there the flag
-is read on the host, one synchronisation per turn on a GPU.
+is read on the host, one synchronisation per turn on a GPU. So it is where the update itself is made in the CPU's memory (`offload`).
 
 The 8-bit AdamWs keep both moments as codes of eight bits, a scale for each block of 256 values; tensors of fewer than 4,096 values
 keep whole moments. Source: arXiv:2110.02861.
@@ -14,14 +14,16 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import Parameter
 
 from diffdistill.errors import UserError, unknown_name
+from diffdistill.training.offload import Twins
 
 OptimizerName = Literal["adamw", "adam", "radam", "sgd", "adamw8bit", "adamw8bit_bnb"]
 
@@ -47,6 +49,11 @@ class OptimizerConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, added to the gradient elsewhere; 0 for none")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment; sgd has none")
+    offload: bool = Field(
+        False,
+        description="for a GPU: keeps moments, and a copy of the weights, in the memory of the CPU and updates there; less memory of the "
+        "GPU, and the time that gradients and weights take over the bus",
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up at the start of a stage; 0 for none")
     decay: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="after the warm-up; linear and cosine reach zero at the end of the stage"
@@ -65,6 +72,12 @@ class OptimizerConfig(BaseModel):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1); got {list(betas)}.")
         return betas
+
+    @model_validator(mode="after")
+    def _one_way_to_save(self) -> OptimizerConfig:
+        if self.offload and self.name in EIGHT_BIT:
+            raise ValueError(f"offload keeps whole moments, and {self.name} rounds them; use name: adamw, or offload: false")
+        return self
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -165,16 +178,34 @@ class RoleOptimizer:
         self.parameters = list(parameters)
         if not self.parameters:
             raise UserError(f"role {role!r} has no parameters to train. Give it an adapter, or leave out its optimizer.")
-        self.inner = BUILDERS[config.name](self.parameters, config)
+        self.twins = Twins(self.parameters) if config.offload else None
+        self.updated = self.parameters if self.twins is None else self.twins.twins
+        self.inner = BUILDERS[config.name](self.updated, config)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters as an optimiser has them, for a loss scale that asks for their gradients."""
+        return [{"params": self.parameters}]
+
+    def zero_grad(self) -> None:
+        """Let go of the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def step(self, step: int, found_inf: Tensor) -> None:
         """Update with the rate of this step, unless found_inf, a 0-dim float32 tensor, is 1."""
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self.inner.param_groups:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        if self.twins is None:
+            self._update(found_inf)
+        else:
+            self.twins.update(partial(self._update, found_inf.cpu()))
+
+    def _update(self, found_inf: Tensor) -> None:
         if self.config.name in _UNFUSED:
             if not bool(found_inf):
-                with _as_it_is(self.parameters[0].device):
+                with _as_it_is(self.updated[0].device):
                     self.inner.step()
             return
         self.inner.grad_scale, self.inner.found_inf = None, found_inf  # type: ignore[attr-defined]
@@ -184,18 +215,20 @@ class RoleOptimizer:
         """Return moments and counters as "index.name" -> plain tensor; of a rounded moment its parts, "index.name.codes"."""
         return {
             f"{index}.{name}": value
-            for index, parameter in enumerate(self.parameters)
+            for index, parameter in enumerate(self.updated)
             for name, value in _plain(self.inner.state.get(parameter, {})).items()
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned. The parameters must have their values by then."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         restored = {index: self._restored(values) for index, values in state.items()}
         self.inner.load_state_dict({"state": restored, "param_groups": self.inner.state_dict()["param_groups"]})
+        if self.twins is not None:
+            self.twins.pull()
 
     def _restored(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the state of a parameter as its optimiser keeps it."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from diffdistill.config import RunConfig, StageConfig
 from diffdistill.distillers.base import Batch, Distiller, PairBatch, Rng, TrajectoryBatch, Turn
-from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, nbytes, network_row
+from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, nbytes, network_row, without_a_gpu
 from diffdistill.models.condition import Condition
 from diffdistill.models.loading import Teacher
 from diffdistill.models.quantize import rounding_saves
@@ -65,9 +65,12 @@ def _kept(
 ) -> list[MemoryRow]:
     """Return the rows of a stage without activations; `saved`: bytes that rounding takes off the teacher."""
     optimizers = {role: stage.optimizer(role) for role in stage.trained}
-    base, *rows = memory_rows(roles, optimizers, averaged=config.ema is not None)
+    ema = config.ema
+    base, *rows = memory_rows(roles, optimizers, averaged=ema is not None, offloaded_average=ema is not None and ema.offload)
     if teacher.codec.vae is not None and device_type == "cpu":  # on a GPU it is put aside
         rows.append(network_row("autoencoder", teacher.codec.vae))
+    if device_type == "cpu":
+        rows = [without_a_gpu(row) for row in rows]
     return [replace(base, weights_bytes=base.weights_bytes - saved), *rows]
 
 

@@ -320,6 +320,43 @@ def test_shadow_is_the_closed_form_average(layout):
         other.load_state({})
 
 
+@each_layout
+def test_an_average_in_the_memory_of_the_cpu_has_the_same_bits_at_any_time(layout):
+    roles = in_layout(layout)
+    plain, offloaded = Shadow(roles, "student", 0.9), Shadow(roles, "student", 0.9, offload=True)
+
+    def equal():
+        states = plain.state(), offloaded.state()
+        return all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+    for k in range(6):
+        perturb(roles.parameters("student"), k)
+        plain.update()
+        offloaded.update()
+        perturb(roles.parameters("student"), 10 + k)  # what comes after the update is not of it
+        assert k % 2 or equal()  # looked at, or not, between two updates
+    start = Shadow(roles, "student", 0.9).state()
+    for shadow in (plain, offloaded):
+        shadow.update()
+        shadow.load_state(start)  # what was on its way belongs to the old average
+    assert equal() and all(torch.equal(tensor, start[key]) for key, tensor in offloaded.state().items())
+
+
+@pytest.mark.gpu
+def test_an_average_of_a_gpu_lies_in_the_memory_of_the_cpu_and_is_the_same_up_to_rounding():
+    base = denoiser("dit")
+    base.network.cuda()
+    roles = build_roles(base, ("student",), "copies")
+    plain, offloaded = Shadow(roles, "student", 0.9), Shadow(roles, "student", 0.9, offload=True)
+    for k in range(6):
+        perturb(roles.parameters("student"), k)
+        plain.update()
+        offloaded.update()
+    for key, tensor in offloaded.state().items():
+        assert tensor.device.type == "cpu"
+        torch.testing.assert_close(tensor, plain.state()[key].cpu(), atol=1e-7, rtol=1e-6)
+
+
 def test_shadow_of_half_precision_weights_moves_in_float32():
     base = denoiser("dit")
     base.network.to(torch.bfloat16)
