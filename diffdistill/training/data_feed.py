@@ -38,6 +38,26 @@ def micro_batch_size(batch_size: int, asked: int | None, num_processes: int) -> 
     return size
 
 
+def resumed_micro_batch_size(batch_size: int, stored: int, usual: int, num_processes: int) -> int:
+    """Return the micro-batch size of a run that goes on: that of its checkpoint, on which every draw depends.
+
+    Args:
+        stored: of the checkpoint.
+        usual: what this number of processes would start with.
+    Raises:
+        UserError: these processes cannot share such micro-batches evenly.
+    """
+    number = batch_size // stored
+    if stored != usual and number % num_processes:
+        fitting = ", ".join(str(count) for count in range(1, number + 1) if number % count == 0)
+        raise UserError(
+            f"the run was started with micro-batches of {stored}, on which every draw depends. A step has {number} of them, which "
+            f"{num_processes} processes cannot share evenly. Resume with {fitting} processes. (Where micro_batch_size is set in the "
+            "config, any number up to batch_size / micro_batch_size will do.)"
+        )
+    return stored
+
+
 class DataFeed:
     """Micro-batches of one stage, on the device. A micro-batch is a function of (seed, stage, step, micro) alone.
 

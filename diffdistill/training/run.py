@@ -29,7 +29,7 @@ from diffdistill.training.building import (
 )
 from diffdistill.training.checkpoint import Checkpoint
 from diffdistill.training.conditions import Conditions
-from diffdistill.training.data_feed import build_source, micro_batch_size
+from diffdistill.training.data_feed import build_source, micro_batch_size, resumed_micro_batch_size
 from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder, config_hash
 from diffdistill.training.loading import load_roles, stored_roles
@@ -163,12 +163,9 @@ class _Run:
                 f"{found.path} was made with another config than {self.folder.config}, which must have been edited "
                 "since. Put it back as it was, or start a new run in another output."
             )
-        if found.state["micro_batch_size"] != self.size:
-            raise UserError(
-                f"the run was started with micro-batches of {found.state['micro_batch_size']}, and "
-                f"{self.accelerator.num_processes} processes would make them {self.size}, which changes every "
-                "draw. Resume with as many processes as before; with micro_batch_size set, their number is free."
-            )
+        self.size = resumed_micro_batch_size(
+            self.config.batch_size, found.state["micro_batch_size"], self.size, self.accelerator.num_processes
+        )
 
     def _build(self) -> None:
         """Build what outlives a stage. Writes nothing."""

@@ -9,7 +9,7 @@ from tiny_engine import DATA, TinyDistiller, tiny_engine
 
 from diffdistill.distillers.base import Loss
 from diffdistill.errors import UserError
-from diffdistill.training.data_feed import micro_batch_size
+from diffdistill.training.data_feed import micro_batch_size, resumed_micro_batch_size
 from diffdistill.training.engine import Meter
 from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer, learning_rate
 
@@ -312,6 +312,16 @@ def test_batches_are_shared_out_equally_by_default():
 def test_batches_that_cannot_be_shared_out_are_refused(batch, asked, processes):
     with pytest.raises(UserError, match=f"does not give each of {processes} processes one"):
         micro_batch_size(batch, asked, processes)
+
+
+def test_a_resumed_run_keeps_its_micro_batches_or_is_refused():
+    assert resumed_micro_batch_size(8, stored=2, usual=4, num_processes=2) == 2  # four processes before, two now
+    assert resumed_micro_batch_size(8, stored=2, usual=8, num_processes=1) == 2
+    assert resumed_micro_batch_size(12, stored=4, usual=4, num_processes=2) == 4  # set in the config: shared unevenly
+    with pytest.raises(
+        UserError, match="started with micro-batches of 4, .* A step has 2 of them, .* Resume with 1, 2 processes"
+    ):
+        resumed_micro_batch_size(8, stored=4, usual=2, num_processes=4)
 
 
 def test_fp16_without_a_gpu_is_refused_in_one_line():

@@ -337,13 +337,17 @@ def test_two_runs_in_one_folder_at_once_are_refused(teacher, tmp_path):
     assert train(config, progress=False).step == 1
 
 
-def test_other_micro_batches_on_resume_are_refused(teacher, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_micro_batches_it_was_started_with(teacher, straight, tmp_path, monkeypatch):
     from diffdistill.training import run
 
-    train(run_config(teacher, tmp_path / "run", steps=2, micro_batch_size=None), progress=False)
+    config = run_config(teacher, tmp_path / "run", micro_batch_size=None)
     monkeypatch.setattr(run, "micro_batch_size", lambda *_: 4)  # as two processes would have it
-    with pytest.raises(UserError, match="started with micro-batches of 8"):
-        train(run_config(teacher, tmp_path / "run", steps=2, micro_batch_size=None), resume=True, progress=False)
+    signal_at(monkeypatch, (0, 4))
+    with pytest.raises(Stopped):
+        train(config, progress=False)
+    monkeypatch.undo()
+    train(config, resume=True, progress=False)
+    assert final_hashes(tmp_path / "run") == straight["progressive"][0]
 
 
 def test_load_run_gives_the_average_unless_told_otherwise(teacher, tmp_path):
