@@ -2,7 +2,7 @@
 
 The micro-batch is the unit of data and of randomness. Micro-batch m of step k has generators derived from (seed, stage, k, m,
 turn), so there is no random state to save, and the number of processes changes nothing but the order of a sum. Process r of
-W takes the micro-batches r, r + W, ...; gradients and logged values are summed by one all-reduce per turn.
+W takes the micro-batches r, r + W, ...; how gradients become those of the whole batch is `reduction`'s.
 
 A step never waits for the device, with three exceptions: `Meter.read` and `Guard.check`, which the caller times, and an
 optimiser without a fused kernel on the device (see `optimizers`).
@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from diffdistill.data.batches import derive_seed
 from diffdistill.distillers.base import Batch, Distiller, Loss, Rng, Turn
 from diffdistill.training.optimizers import RoleOptimizer
+from diffdistill.training.reduction import Reduction, Replicated
 from diffdistill.training.stopping import Diverged
 
 
@@ -163,6 +164,7 @@ class Engine:
         clip_grad_norm: each role's gradient is scaled down to this norm; None for no clipping.
         guard: counts skipped turns.
         averages: role -> its average, updated after each step that trained the role.
+        reduction: how gradients are summed over the processes; None for `Replicated`.
     """
 
     def __init__(
@@ -178,11 +180,13 @@ class Engine:
         clip_grad_norm: float | None,
         guard: Guard,
         averages: Mapping[str, Average] | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         self.distiller, self.roles, self.optimizers, self.feed = distiller, roles, optimizers, feed
         self.accelerator, self.device = accelerator, accelerator.device
         self.seed, self.stage, self.clip_grad_norm = seed, stage, clip_grad_norm
         self.guard, self.meter, self.averages = guard, Meter(), averages or {}
+        self.reduction = Replicated(accelerator.num_processes) if reduction is None else reduction
         self.micros = range(accelerator.process_index, feed.num_micro_batches, accelerator.num_processes)
         assert len(self.micros) > 0, "every process needs a micro-batch; see data_feed.micro_batch_size"
         self.stop_votes = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -223,6 +227,7 @@ class Engine:
 
     def _turn(self, index: int, turn: Turn, step: int, batches: dict[int, Batch], stop: bool) -> None:
         optimizers = [self.optimizers[role] for role in turn.trains]
+        parameters = [parameter for optimizer in optimizers for parameter in optimizer.parameters]
         self.roles.train_only(turn.trains)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -233,6 +238,7 @@ class Engine:
             rng = self._rng(step, micro, index)
             with self.accelerator.autocast(self._autocast):
                 loss = self.distiller.loss(turn, batches[micro], rng, step)
+            self.reduction.before_backward(parameters, last=micro == self.micros[-1])
             self.accelerator.backward(loss.total / self.feed.num_micro_batches)
             if loss.carry:
                 batches[micro] = dataclasses.replace(batches[micro], carry={**batches[micro].carry, **loss.carry})
@@ -241,23 +247,23 @@ class Engine:
             del loss  # its graph must be gone before the next one is built
         self._check_reached(turn)
 
-        # 2. One sum over the processes
-        values = torch.cat([values, values.new_full((1,), float(stop))])
-        values = self._reduce(optimizers, values)
-        self.stop_votes += values[-1]
-
-        # 3. Update, unless something is not finite; the decision stays on the device
-        norms, excused = [], None
+        # 2. Sums over the processes
+        self.reduction.after_backward(parameters)
+        excused = None
         if self.accelerator.scaler is not None:
             excused = self.accelerator.scaler._scale > 1  # an overflow at a larger scale is the scale's, not the loss's
             for optimizer in optimizers:
                 self.accelerator.scaler.unscale_(optimizer)
-        for optimizer in optimizers:
-            norm = get_total_norm([parameter.grad for parameter in optimizer.parameters])  # type: ignore[misc]
-            if self.clip_grad_norm is not None:
+        values = torch.cat([values, values.new_full((1,), float(stop))])
+        gradients = [[parameter.grad for parameter in optimizer.parameters] for optimizer in optimizers]
+        values, norms = self.reduction.totals(values, gradients)  # type: ignore[arg-type]
+        self.stop_votes += values[-1]
+
+        # 3. Update, unless something is not finite; the decision stays on the device
+        if self.clip_grad_norm is not None:
+            for optimizer, norm in zip(optimizers, norms, strict=True):
                 clip_grads_with_norm_(optimizer.parameters, self.clip_grad_norm, norm)
-            norms.append(norm.double())
-        checked = torch.stack([values[0], *norms])
+        checked = torch.stack([values[0], *(norm.double() for norm in norms)])
         finite = checked.isfinite().all()
         found_inf = (~finite).to(torch.float32)
         for optimizer in optimizers:
@@ -288,22 +294,6 @@ class Engine:
                     "reached it. Either the loss does not use the role, or its graph was cut on the way."
                 )
         self._checked.add(turn)
-
-    def _reduce(self, optimizers: Sequence[RoleOptimizer], values: Tensor) -> Tensor:
-        """Sum gradients and values over the processes in one all-reduce; a missing gradient counts as zero everywhere."""
-        parameters = [parameter for optimizer in optimizers for parameter in optimizer.parameters]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes == 1:
-            return values
-        grads = [parameter.grad for parameter in parameters]
-        # accelerator.reduce would copy the buffer once more; the process group is accelerate's
-        flat = torch.cat([grad.reshape(-1) for grad in grads] + [values.to(grads[0].dtype)])
-        torch.distributed.all_reduce(flat)
-        *parts, total = flat.split([grad.numel() for grad in grads] + [len(values)])
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
-        return total.double()
 
 
 def _values(loss: Loss) -> Tensor:
