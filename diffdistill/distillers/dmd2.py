@@ -166,9 +166,11 @@ class DMD2(Distiller):
         total = matching.fake_loss(self.roles["fake"], x_g, state, batch.cond, self.config.fake_loss).mean()
         terms = {"fake": total.detach()}
         if self.config.gan is not None:
-            discriminator = self._discriminator_loss(x_g, batch, rng)
+            real, fake = self._real_and_fake_logits(x_g, batch, rng)
+            discriminator = losses.discriminator_gan_loss(real, fake).mean()
             total = total + self.config.gan.discriminator_weight * discriminator
             terms["discriminator"] = discriminator.detach()
+            terms |= {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
         return Loss(total, terms)
 
     def _draw_step(self, rng: Rng) -> int:
@@ -212,12 +214,12 @@ class DMD2(Distiller):
         assert self.roles.head is not None, "the adversarial loss needs a head"
         return self.roles.head(features(reader, state.x_t, state.t, cond, self.config.gan.tap))
 
-    def _discriminator_loss(self, x_g: Tensor, batch: Batch, rng: Rng) -> Tensor:
-        """Return mean softplus(head(x_g)) + mean softplus(-head(x_real)), both halves as one batch."""
+    def _real_and_fake_logits(self, x_g: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Return head(x_real) and head(x_g), asked as one batch."""
         assert batch.x0 is not None, "the adversarial loss needs images"
         logits = self._logits(torch.cat([x_g, batch.x0.to(x_g.dtype)]), batch.cond.repeat(2), rng)
         fake, real = logits.chunk(2)
-        return losses.discriminator_gan_loss(real, fake).mean()
+        return real, fake
 
     def sampler(self, num_steps: int) -> Sampler:
         """Return: clean estimate, then fresh noise, on the trailing grid; the student is sampled without guidance."""

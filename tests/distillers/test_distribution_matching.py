@@ -243,6 +243,7 @@ def test_the_adversarial_losses_call_images_real_and_pull_the_student_towards_th
     assert bool((student.network.offset.grad < 0).all())  # descent raises the mean, and with it the logit
     loss = distiller.loss(discriminator, data, rng(), 0)
     assert float(loss.terms["discriminator"]) == pytest.approx(math.log1p(math.exp(-1)) + math.log1p(math.exp(-2)), abs=2e-3)
+    assert float(loss.terms["logit_real"]) == 2 and float(loss.terms["logit_fake"]) == pytest.approx(-1, abs=2e-3)
 
 
 def test_times_stay_in_their_ranges_and_simulation_shares_its_step():
