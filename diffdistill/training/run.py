@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from diffdistill.training.loading import load_roles, stored_roles
 from diffdistill.training.optimizers import learning_rate, require_package
 from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
-from diffdistill.training.progress import Progress
+from diffdistill.training.progress import Progress, peak_memory_gib
 from diffdistill.training.stopping import Diverged, Interrupted, Stopped, StopSignals
 from diffdistill.training.stored import StoredStates, origin_of
 from diffdistill.training.text_data import texts
@@ -226,7 +227,7 @@ class _Run:
         if self.is_main:
             self.folder.cut_metrics(self.done)
         self.tracker = Tracker(self.folder, self.config.logging.tensorboard, self.done) if self.is_main else None
-        self.progress = Progress(self.config.total_steps, self.done, self.show)
+        self.progress = Progress(self.config.total_steps, self.done, self.show, planned=planned_pauses(self.config))
 
     def _stage(self, index: int, found: Checkpoint | None) -> None:
         """Train one stage, from where `found` left it."""
@@ -290,7 +291,8 @@ class _Run:
             if ended:
                 self.skipped_before += engine.guard.check()
             if self.is_main:
-                self._save(engine, 0 if ended else step + 1, metrics, left)
+                with self.progress.pause("checkpoint"):
+                    self._save(engine, 0 if ended else step + 1, metrics, left)
         if stops and (cut or self.done < self.config.total_steps):
             raise self._stopped(f"step {self.done} of {self.config.total_steps}")
 
@@ -350,17 +352,24 @@ class _Run:
         speed = self.progress.report(f"stage {engine.stage + 1}/{len(self.config.stages)} {stage.method.name}", means)
         if self.tracker is not None:
             self.last = {**means, **rates, "skipped": skipped, "stage": engine.stage}
-            self.tracker.log(self.done, {**self.last, "steps_per_sec": speed, "seconds": time.perf_counter() - self.started})
+            timed = {
+                "steps_per_sec": speed,
+                "seconds": time.perf_counter() - self.started,
+                "seconds_left": self.progress.seconds_left,
+                "peak_memory_gib": peak_memory_gib(),
+            }
+            self.tracker.log(self.done, {**self.last, **timed})
 
     def _look(self, stage: StageConfig, engine: Engine, looks: Sequence[str]) -> tuple[dict[str, float], list[str]]:
         """Make samples, and scores; return the scores, and what a signal has cut off."""
         metrics: dict[str, float] = {}
         for done, name in enumerate(looks):
             try:
-                if name == "samples":
-                    self._show_samples(stage, engine)
-                else:
-                    metrics = self._validate(engine)
+                with self.progress.pause(name):
+                    if name == "samples":
+                        self._show_samples(stage, engine)
+                    else:
+                        metrics = self._validate(engine)
             except Interrupted:
                 return metrics, list(looks[done:])
         if looks:
@@ -378,7 +387,6 @@ class _Run:
         picture = self.preview.save(self.folder.samples / f"{checkpoint.name(self.done)}.png", images)
         self.tracker.log(self.done, figures)
         self.tracker.image(self.done, "samples: teacher above student", picture[:3])
-        self.progress.pause()
 
     def _validate(self, engine: Engine) -> dict[str, float]:
         assert self.validation is not None and self.tracker is not None
@@ -387,7 +395,6 @@ class _Run:
         logged = {name: value for name, value in scores.items() if name != "fid"}
         self.tracker.log(self.done, logged)
         self.progress.say(f"step {self.done}  " + numbers({k: v for k, v in logged.items() if "/fid@" in k}))
-        self.progress.pause()
         return scores
 
     @contextlib.contextmanager
@@ -416,7 +423,6 @@ class _Run:
         }
         self.saved = checkpoint.save(self.folder.checkpoints, self.done, tensors, state)
         checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
-        self.progress.pause()
 
     @property
     def standing(self) -> str:
@@ -432,6 +438,21 @@ class _Run:
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def planned_pauses(config: RunConfig) -> dict[str, list[int]]:
+    """Return after which steps a run pauses, by kind; a best checkpoint more comes unplanned."""
+    total = config.total_steps
+
+    def every(steps: int, *ends: int) -> list[int]:
+        return sorted({*range(steps, total + 1, steps), *ends})
+
+    planned = {"checkpoint": every(config.checkpoint.every_steps, *accumulate(stage.steps for stage in config.stages))}
+    if config.samples is not None:
+        planned["samples"] = every(config.samples.every_steps, total)
+    if config.validation is not None:
+        planned["validation"] = every(config.validation.every_steps, total)
+    return planned
 
 
 def preview_steps(config: RunConfig, stage: StageConfig) -> int:

@@ -158,11 +158,11 @@ class StoredStates:
             for first in range(0, parts.num_shards, self.processes.count):
                 made = self._make_part(parts, first + self.processes.index, make)
                 done = min((first + self.processes.count) * parts.rows_per_shard, parts.num_rows)
-                progress.advance(done - progress.done)
                 if made:
+                    progress.advance(done - progress.done)
                     progress.report(what)
                 else:
-                    progress.pause()
+                    progress.skip(done - progress.done)
                 self.between_parts(f"{done} of {parts.num_rows} {what}")
         finally:
             progress.close()

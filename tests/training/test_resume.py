@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from test_checkpoint import flip, truncate
-from tiny_runs import METHODS, Nursery, final_hashes, run_config, run_values, save_teacher, start
+from tiny_runs import CLOCKED, METHODS, Nursery, final_hashes, run_config, run_values, save_teacher, start
 
 from diffdistill.data.batches import ImageSource
 from diffdistill.data.digits import digits
@@ -48,7 +48,7 @@ def straight(teacher, tmp_path_factory):
 def lines(folder):
     """Return the metric lines without what a clock says."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("steps_per_sec", "seconds")} for record in records]
+    return [{key: value for key, value in record.items() if key not in CLOCKED} for record in records]
 
 
 def signal_at(monkeypatch, *steps, number=signal.SIGTERM):

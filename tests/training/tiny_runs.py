@@ -16,6 +16,12 @@ METHODS = {
     "progressive": {"name": "progressive", "student_steps": 2},
     "dmd2": {"name": "dmd2", "student_steps": 2, "student_every": 2, "gan": {}},
 }
+CLOCKED = {
+    "steps_per_sec",
+    "seconds",
+    "seconds_left",
+    "peak_memory_gib",
+}  # of a line in metrics.jsonl: what another run has otherwise
 DRIVER = """
 import sys, torch
 torch.set_num_threads(1)
