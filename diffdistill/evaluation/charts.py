@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Told apart in lightness as well as hue, and always drawn with a marker of their own.
 COLOURS = ("#2458d3", "#e0660f", "#12876f", "#b3247f", "#6d4bd8", "#0b7fab", "#8a6d00", "#5b6472")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+MOST_MARKERS = 16  # of a series; of a longer one only every n-th point is marked, and told in words
 INK, FAINT, PAPER = "#22262e", "#d9dde3", "#ffffff"
 
 
@@ -84,7 +85,7 @@ class Chart:
     def words(self) -> str:
         """Return the drawing in words, for who cannot see it."""
         told = [
-            f"{name}: " + ", ".join(f"{self._text(point)} at {point.x:g}" for point in sorted(points)) + "."
+            f"{name}: " + ", ".join(f"{self._text(point)} at {point.x:g}" for point in sorted(points)[:: _stride(points)]) + "."
             for name, points in self.series.items()
             if points
         ]
@@ -156,12 +157,17 @@ def _draw_series(axes: Axes, points: Sequence[Point], colour: str, marker: str, 
         marker=marker,
         linewidth=2 if has_line else 0,
         markersize=7,
+        markevery=_stride(points),
         markeredgecolor=paper,
         markeredgewidth=1.1,
         solid_capstyle="round",
         clip_on=False,
     )
     return line
+
+
+def _stride(points: Sequence[Point]) -> int:
+    return -(-len(points) // MOST_MARKERS) or 1
 
 
 def _set_ticks(axes: Axes, chart: Chart) -> None:

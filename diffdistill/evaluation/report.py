@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,10 @@ import torch
 import yaml
 
 from diffdistill.evaluation import report_charts, report_tables
-from diffdistill.evaluation.charts import Axis, Chart, chart_svg, dashes_svg, marker_svg
+from diffdistill.evaluation.charts import Axis, Chart, dashes_svg
 from diffdistill.evaluation.figures import GRID_COLUMNS, SMALL_EDGE, data_uri, image_grid, overview_png
 from diffdistill.evaluation.named import Result, labels, main_value, spread
+from diffdistill.evaluation.page import Drawer, legend_entries, render
 from diffdistill.evaluation.pictures import Pictures, PictureSet, shrunk
 from diffdistill.evaluation.quantities import quantity
 from diffdistill.evaluation.report_charts import SizeFit
@@ -25,7 +25,6 @@ from diffdistill.evaluation.result import Evaluation
 from diffdistill.files import write_atomic, write_json
 
 SCHEMA = 2
-TEMPLATES_FOLDER = Path(__file__).parent / "templates"
 PIXELS_OF_A_PAGE = 5_000_000  # of all its images together: about 1.5 MB
 LEAST_EDGE, SHARP_EDGE = 32, 64
 MOST_TILES = 6
@@ -116,16 +115,7 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
 
 def report_html(data: ReportData) -> str:
     """Return the page as text; every text of the caller is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(data=data, **_shown(data))
+    return render("report.html", data=data, **_shown(data))
 
 
 def readme_picture(data: ReportData, path: str | Path) -> Path:
@@ -160,7 +150,7 @@ def result_tiles(results: Sequence[Result]) -> list[Tile]:
 def _shown(data: ReportData) -> dict[str, Any]:
     results, pictures = data.results, data.pictures
     charts = report_charts.cost_charts(results)
-    draw = _Drawer()
+    draw = Drawer()
     edge = page_edge(pictures)
     return {
         "is_mixed": len({result.evaluation.protocol_hash for result in results}) > 1,
@@ -177,29 +167,10 @@ def _shown(data: ReportData) -> dict[str, Any]:
         "grids": [_grid(name, images, edge) for name, images in pictures.grids.items()],
         "picture_sections": _picture_sections(pictures, edge),
         "settling": draw(_settling_chart(pictures)) if pictures.settling else None,
-        "settling_legend": _entries(list(pictures.settling)),
+        "settling_legend": legend_entries(list(pictures.settling)),
         "settings": _settings(results),
         "seconds": _seconds_table(results),
     }
-
-
-class _Drawer:
-    """Draws the charts of one page, each with ids of its own."""
-
-    def __init__(self) -> None:
-        self.numbers = count()
-
-    def __call__(self, chart: Chart, width: float = 4.6, height: float = 3.3) -> dict[str, Any]:
-        from markupsafe import Markup
-
-        svg = chart_svg(chart, width, height, prefix=f"chart{next(self.numbers)}")
-        return {"title": chart.title, "words": chart.words(), "svg": Markup(svg)}
-
-
-def _entries(names: Sequence[str]) -> list[tuple[str, Any]]:
-    from markupsafe import Markup
-
-    return [(name, Markup(marker_svg(index))) for index, name in enumerate(names)]
 
 
 def _legend(charts: Sequence[Chart]) -> list[tuple[str, Any]]:
@@ -209,15 +180,15 @@ def _legend(charts: Sequence[Chart]) -> list[tuple[str, Any]]:
     if not charts:
         return []
     front = [("Pareto front", Markup(dashes_svg()))] if any(chart.front for chart in charts) else []
-    return [*_entries(list(charts[0].series)), *front]
+    return [*legend_entries(list(charts[0].series)), *front]
 
 
-def _size_section(name: str, fits: Mapping[str, SizeFit], draw: _Drawer) -> dict[str, Any]:
+def _size_section(name: str, fits: Mapping[str, SizeFit], draw: Drawer) -> dict[str, Any]:
     known = quantity(name)
     said = [f"{key}: {known.text(fit.at_infinity)} {fit.slope:+.4g} / N" for key, fit in fits.items()]
     return {
         "chart": draw(report_charts.size_chart(name, fits)),
-        "legend": _entries(list(fits)),
+        "legend": legend_entries(list(fits)),
         "title": known.title,
         "said": said,
     }

@@ -64,3 +64,13 @@ def test_bars_and_front_are_drawn():
     bars, dashes = "stroke-width: 1.4", "stroke-dasharray"
     assert bars in chart_svg(CHART) and dashes in chart_svg(CHART)
     assert bars not in chart_svg(plain) and dashes not in chart_svg(plain)
+
+
+def test_a_long_series_is_marked_and_told_at_every_nth_point():
+    curve = Chart("loss", Axis("step"), Axis("loss"), {"a": [Point(k, 1.0) for k in range(100)]})
+    assert curve.words().count(" at ") == 15 and "1 at 7," in curve.words()
+    assert (
+        chart_svg(curve).count("<use ")
+        - chart_svg(replace(curve, series={"a": [Point(0, 1.0), Point(99, 1.0)]})).count("<use ")
+        == 13
+    )
