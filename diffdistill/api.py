@@ -115,6 +115,7 @@ def sample(
     solver: str | None = None,
     checkpoint: str | Path | None = None,
     prompts: Sequence[str] | None = None,
+    attention: str | None = None,
 ) -> Samples:
     """Make images; image k has seed + k and label or prompt k, so it is the same whatever the number asked for.
 
@@ -128,6 +129,7 @@ def sample(
         solver: of a teacher, one of `targets.SOLVERS`.
         checkpoint: of a run; None for the newest.
         prompts: for a model that reads text, repeated until there are enough.
+        attention: the kernel of attention; None for the run's own, or "auto".
     Raises:
         UserError: nothing to sample at target, labels out of range, no prompts, or settings that do not fit it.
     """
@@ -135,7 +137,7 @@ def sample(
 
     if num < 1:
         raise UserError(f"num must be at least 1; got {num}.")
-    opened = open_target(target, solver, checkpoint)
+    opened = open_target(target, solver, checkpoint, attention=attention)
     asked = _asked(opened, num, labels, prompts)
     sampler = opened.sampler(steps, guidance)
     generate, parts = opened.generator(sampler), []

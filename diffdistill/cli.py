@@ -147,6 +147,7 @@ def sample(
     solver: str | None = None,
     checkpoint: str | None = None,
     prompts: Path | None = None,
+    attention: str | None = None,
     output: Output = Path("grid.png"),
 ) -> int:
     """Make images and write them as one PNG grid.
@@ -161,6 +162,7 @@ def sample(
         solver: of a teacher: ddim, heun, dpmpp_2m, unipc, or stock for the pipeline's own scheduler.
         checkpoint: of a run; the newest when left out.
         prompts: file of prompts (.txt with one a line, or a table), for a model that reads text.
+        attention: the kernel of attention (`doctor` lists them); the run's own, or auto, when left out.
         output: PNG file.
     """
     _png(output)
@@ -168,7 +170,7 @@ def sample(
     from diffdistill.data.prompts import read_prompts
 
     texts = None if prompts is None else read_prompts(prompts)
-    images = api.sample(target, steps, num, labels, seed, guidance, solver, checkpoint, texts)
+    images = api.sample(target, steps, num, labels, seed, guidance, solver, checkpoint, texts, attention)
     images.save_grid(output)
     print(f"wrote {output}: {num} images, {images.num_steps} steps, {images.nfe} network evaluations each")
     return 0
@@ -195,6 +197,7 @@ def evaluate(
     weights: str | None = None,
     save_images: Path | None = None,
     scores: Path | None = None,
+    attention: str | None = None,
     output: Output | None = None,
     json: Json = False,
 ) -> int:
@@ -219,6 +222,7 @@ def evaluate(
         weights: of the feature networks: those of `weights list` when left out; random:SEED for a test that measures nothing.
         save_images: folder for the images, as PNG files.
         scores: results of an external scorer.
+        attention: the kernel of attention (`doctor` lists them); the run's own, or auto, when left out.
         output: folder for report.html, report.json and one steps-N.json each, which `compare` reads.
     """
     from diffdistill import external, scoring
@@ -238,7 +242,9 @@ def evaluate(
                 f"wrote {folder}. Score it with `{command}`, then `diffdistill eval {target} --protocol {protocol} --scores RESULTS`."
             )
         return 0
-    settings = scoring.Settings(protocol, tuple(metrics), num_images, guidance, batch_size, weights, output, save_images)
+    settings = scoring.Settings(
+        protocol, tuple(metrics), num_images, guidance, batch_size, weights, output, save_images, attention
+    )
     found = scoring.evaluate(target, steps, settings, solver, checkpoint, lora, _progress())
     if output is not None and scoring.processes().is_main:
         pictures = scoring.take_pictures(target, found, settings, solver, checkpoint, lora)
@@ -481,7 +487,10 @@ def doctor(*, json: Json = False) -> int:
     if json:
         _print_json(found)
     else:
-        print("\n".join(f"{name:<18} {flat(value)}" for name, value in found.items() if name != "problems"))
+        kernels = found.pop("attention_kernels").items()
+        one_word = {f"attention {name}": set(runs.values()).pop() for name, runs in kernels if len(set(runs.values())) == 1}
+        lines = {**found, **{f"attention {name}": runs for name, runs in kernels}, **one_word}
+        print("\n".join(f"{name:<26} {flat(value)}" for name, value in lines.items() if name != "problems"))
         print("\n".join(f"problem: {problem}" for problem in found["problems"]) or "no problems found")
     return MACHINE if found["problems"] else 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -58,7 +57,8 @@ def _version(name: str) -> str | None:
 
 def _torch() -> dict[str, Any]:
     import torch
-    from torch.backends import cuda
+
+    from diffdistill.models.attention import usable
 
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -69,12 +69,7 @@ def _torch() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     return {
         "devices": devices or [{"name": "cpu"}],
-        "attention_kernels": {
-            "math": True,
-            "flash": on_gpu and cuda.is_flash_attention_available() and cuda.flash_sdp_enabled(),
-            "memory_efficient": on_gpu and cuda.mem_efficient_sdp_enabled(),
-            "xformers": importlib.util.find_spec("xformers") is not None,
-        },
+        "attention_kernels": usable("cuda" if on_gpu else "cpu"),
         "bf16": torch.cuda.is_bf16_supported() if on_gpu else True,
         "threads": {
             "torch": torch.get_num_threads(),

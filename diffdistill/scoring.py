@@ -40,6 +40,7 @@ class Settings:
         weights: None for the store of weights, "random:SEED" for a test whose numbers mean nothing.
         output: folder of the results, and of the parts from which the same command goes on after a stop; None for neither.
         save_images: folder for the images as PNG files; None writes none.
+        attention: the kernel of attention; None for the run's own, or "auto".
     """
 
     protocol: str | Path = "digits"
@@ -50,6 +51,7 @@ class Settings:
     weights: str | None = None
     output: Path | None = None
     save_images: Path | None = None
+    attention: str | None = None
 
 
 def evaluate(
@@ -88,7 +90,7 @@ def evaluate(
     scorer = _Scorer(protocol, views, settings, progress)
     if is_images(target):
         return {IMAGES: scorer.images(target)}
-    opened = open_target(target, solver, checkpoint, lora)
+    opened = open_target(target, solver, checkpoint, lora, settings.attention)
     samplers = [opened.sampler(count, settings.guidance) for count in dict.fromkeys(steps or (None,))]
     return {f"steps-{sampler.num_steps}": scorer.generated(opened, sampler) for sampler in samplers}
 
@@ -272,7 +274,7 @@ def take_pictures(
     if is_images(target):
         show = pictures.existing(open_images(target, protocol.transforms))
         return pictures.take_pictures({IMAGES: pictures.Model(evaluations[IMAGES], show)}, protocol)
-    opened, models = open_target(target, solver, checkpoint, lora), {}
+    opened, models = open_target(target, solver, checkpoint, lora, settings.attention), {}
     for evaluation in evaluations.values():
         sampler = opened.sampler(evaluation.cost.num_steps, settings.guidance)
         show = pictures.generated(opened.generator(sampler), protocol, settings.batch_size)

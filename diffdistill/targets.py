@@ -16,8 +16,9 @@ from diffdistill.errors import UserError, unknown_name
 from diffdistill.export.manifest import LORA_FILE, MANIFEST, Manifest
 from diffdistill.files import sha256
 from diffdistill.math import grids
+from diffdistill.models.attention import Attention
 from diffdistill.models.condition import Condition
-from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.denoiser import Denoiser, OfNetwork
 from diffdistill.models.fingerprint import weights_fingerprint
 from diffdistill.models.guidance import guided
 from diffdistill.models.loading import INDEX, Teacher, load_teacher
@@ -178,6 +179,7 @@ def open_target(
     solver: str | None = None,
     checkpoint: str | Path | None = None,
     lora: str | Path | None = None,
+    attention: str | None = None,
 ) -> Target:
     """Open a run folder, an export folder, a pipeline folder or an embedded teacher.
 
@@ -186,9 +188,19 @@ def open_target(
         solver: one of SOLVERS for a teacher, "ddim" when None; a student has its own sampler.
         checkpoint: of a run; None for the newest.
         lora: of a pipeline, a file or folder that its `load_lora_weights` takes; merged into the network.
+        attention: the kernel of attention; None for the run's own, or "auto".
     Raises:
         UserError: nothing there, a folder of something else, or a solver or checkpoint that does not belong to it.
     """
+    opened = _open(target, solver, checkpoint, lora)
+    if attention is None:
+        return opened
+    assert isinstance(opened.denoiser, OfNetwork), "what is opened is a network"
+    denoiser, identity = opened.denoiser.with_attention(Attention(attention)), {**opened.identity, "attention": attention}
+    return dataclasses.replace(opened, denoiser=denoiser, identity=identity)
+
+
+def _open(target: str | Path, solver: str | None, checkpoint: str | Path | None, lora: str | Path | None) -> Target:
     path, name = Path(target), str(target)
     is_run, is_export = (path / RUN_CONFIG).is_file(), (path / MANIFEST).is_file()
     if path.is_dir() and not is_model(path):

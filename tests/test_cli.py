@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -36,10 +39,12 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with run.yaml and the run folder it made; not to be changed."""
+    """A folder with run.yaml, the run folder it made, and train.txt with what was printed; not to be changed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "run.yaml").write_text(CONFIG)
-    assert cli.main(["train", str(folder / "run.yaml"), f"output={folder / 'run'}"]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert cli.main(["train", str(folder / "run.yaml"), f"output={folder / 'run'}"]) == 0
+    (folder / "train.txt").write_text(said.getvalue())
     return folder
 
 
@@ -113,6 +118,8 @@ def test_help_and_version_succeed(capsys, arguments):
         (["sample", "digits-unet", "--labels", "3", "10"], "from 0 to 9; got 10"),
         (["sample", "digits-unet", "--guidance", "-1"], "counted from 1"),
         (["sample", "digits-unet", "--solver", "ddin"], "Did you mean 'ddim'?"),
+        (["sample", "digits-unet", "--attention", "cudnn"], "no such kernel for cpu"),
+        (["eval", "digits-unet", "--protocol", "digits-short", "--attention", "flahs"], "Did you mean 'flash'?"),
         (["sample", "digits-unet", "--checkpoint", "best"], "not a run"),
         (["eval", "digits-unet", "--protocol", "digts"], "Did you mean 'digits'?"),
         (["eval", "digits-unet", "--protocol", "absent.yaml"], "absent.yaml"),
@@ -531,12 +538,19 @@ def test_an_export_that_stock_diffusers_does_not_reproduce_is_status_1(trained, 
     assert "three are missing" in capsys.readouterr().out
 
 
+def test_a_run_says_once_which_kernel_its_attention_runs_on(trained):
+    said = [line for line in (trained / "train.txt").read_text().splitlines() if line.startswith("attention")]
+    assert len(said) == 1 and said[0].startswith("attention auto: flash (torch's first choice) for float32 on cpu")
+
+
 def test_doctor_finds_the_installation_whole(capsys):
     status = cli.main(["doctor", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert status == (1 if found["problems"] else 0)
     assert found["versions"]["torch"] and found["assets"]["digits-unet"] == "ok" and found["threads"]["torch"] >= 1
+    assert found["attention_kernels"]["math"]["float32"] == "yes"
     assert cli.main(["doctor"]) == status
+    assert re.search(r"^attention math +yes$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_doctor_reports_a_damaged_asset(tmp_path, monkeypatch):

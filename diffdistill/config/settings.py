@@ -18,6 +18,7 @@ from diffdistill.distillers.base import MethodConfig, Needs
 from diffdistill.files import CACHE
 from diffdistill.mistakes import impossible
 from diffdistill.models.adapters import LoraSpec
+from diffdistill.models.compute import ComputeConfig
 from diffdistill.models.quantize import Quantization
 from diffdistill.training.optimizers import OptimizerConfig
 
@@ -278,6 +279,7 @@ class RunConfig(_Frozen):
         description="samples of one forward pass, divides batch_size; smaller needs less memory; null for the whole batch",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32")
+    compute: ComputeConfig = Field(ComputeConfig(), description="how the networks are computed")
     clip_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients of a turn are scaled down to this norm; null for no clipping"
     )

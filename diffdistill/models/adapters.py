@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.errors import UserError, unknown_name
+from diffdistill.models.attention import current_attention
 from diffdistill.models.extras import extra_inputs_of, extra_modules
 
 # The layers of a network that hold adapters, found once at injection and kept in the network's own __dict__, where a deep
@@ -310,15 +311,20 @@ def _check_adapter(network: nn.Module, adapter: str | None) -> None:
 
 
 def checkpoint_in_role(network: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a part of the network under activation checkpointing; the recomputation sees the role and extra inputs of now.
+    """Run a part of the network under activation checkpointing; the recomputation sees role, extra inputs and attention of now.
 
     Random state is preserved as well, so that dropout, where a network has it, repeats itself.
     """
     roles, extras = _read(network), extra_inputs_of(network)
     values = None if extras is None else extras.values
+    attention = current_attention()
 
     def in_role(*inputs: Any) -> Any:
-        with _switched(network, roles), contextlib.nullcontext() if extras is None else extras.holding(values):
+        with (
+            _switched(network, roles),
+            contextlib.nullcontext() if extras is None else extras.holding(values),
+            contextlib.nullcontext() if attention is None else attention.using(),
+        ):
             return function(*inputs)
 
     return checkpoint(in_role, *args, use_reentrant=False, preserve_rng_state=True)

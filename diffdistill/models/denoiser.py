@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import Schedule, change_coordinates
+from diffdistill.models.attention import Attention
 from diffdistill.models.condition import Condition
 
 
@@ -55,10 +56,12 @@ class OfNetwork(Denoiser):
     Attributes:
         network: the module; several denoisers may share one (roles as views).
         role: context entered around every call of the network; sets the active adapter and nothing else.
+        attention: the kernel that the network's attention runs on.
     """
 
     network: nn.Module
     role: RoleContext = field(default=contextlib.nullcontext, kw_only=True)
+    attention: Attention = field(default_factory=Attention, kw_only=True)
 
     def with_network(self, network: nn.Module) -> Self:
         """Return the same denoiser around another network of the same shape."""
@@ -67,6 +70,10 @@ class OfNetwork(Denoiser):
     def with_role(self, role: RoleContext) -> Self:
         """Return the same network seen in a role."""
         return replace(self, role=role)
+
+    def with_attention(self, attention: Attention) -> Self:
+        """Return the same network with another kernel of attention."""
+        return replace(self, attention=attention)
 
 
 class View(Denoiser):

@@ -173,7 +173,7 @@ class NetworkDenoiser(OfNetwork):
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         """Return the prediction at x_t, (B, C, H, W), at times t (B,); raw output in the network's dtype."""
         alpha, sigma = self.schedule.coefficients(t)
-        with self.role(), feeding(self.network, cond):
+        with self.role(), self.attention.using(), feeding(self.network, cond):
             raw = self.family.forward(self.network, _like_weights(self.network, x_t), self._network_time(t), cond)
         return Prediction(self.kind, raw, x_t, alpha, sigma)
 
@@ -197,7 +197,7 @@ class EDMDenoiser(OfNetwork):
         """Return the prediction at x_t on the variance-exploding path, as a "sample" prediction."""
         alpha, sigma = self.schedule.coefficients(t)
         c = edm_preconditioning(sigma, self.sigma_data)
-        with self.role(), feeding(self.network, cond):
+        with self.role(), self.attention.using(), feeding(self.network, cond):
             f_x = self.family.forward(self.network, _like_weights(self.network, expand(c.c_in, x_t) * x_t), c.c_noise, cond)
         x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.float32)
         return Prediction("sample", x0, x_t, alpha, sigma)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffdistill.data.trajectories import Trajectories
 from diffdistill.distillers import registry
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
+from diffdistill.models.attention import Attention
 from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import HEAD, Roles, Shadow, build_roles
 from diffdistill.processes import Processes
@@ -57,9 +59,10 @@ def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:
     """Load the run's teacher as the config asks."""
     options = config.teacher_options
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    return load_teacher(
+    teacher = load_teacher(
         config.teacher, dtype, device, options.variant, options.size, options.quantize, options.trust_remote_code
     )
+    return replace(teacher, denoiser=teacher.denoiser.with_attention(Attention(config.compute.attention)))
 
 
 def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:

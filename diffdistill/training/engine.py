@@ -10,9 +10,8 @@ optimiser without a fused kernel on the device (see `optimizers`).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -53,21 +52,6 @@ class Average(Protocol):
     def update(self) -> None:
         """Take in the weights of now."""
         ...
-
-
-@contextlib.contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Leave attention to the other kernels.
-
-    The backward pass of cuDNN's, which torch prefers on Hopper from 2.11 on, gives NaN for some lengths and masks:
-    github.com/pytorch/pytorch/issues/196678.
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Meter:
@@ -197,11 +181,10 @@ class Engine:
         """Train step `step` of the stage, counted from 0; `stop` tells every process that this one was asked to stop."""
         batches = {micro: self.feed.batch(step, micro) for micro in self.micros}
         trained: set[str] = set()
-        with without_cudnn_attention():
-            for index, turn in enumerate(self.distiller.turns(step)):
-                self._turn(index, turn, step, batches, stop and index == 0)
-                self.distiller.after(turn, step)
-                trained |= set(turn.trains)
+        for index, turn in enumerate(self.distiller.turns(step)):
+            self._turn(index, turn, step, batches, stop and index == 0)
+            self.distiller.after(turn, step)
+            trained |= set(turn.trains)
         for role in sorted(trained & self.averages.keys()):
             self.averages[role].update()
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from diffdistill.config import RunConfig, StageConfig
 from diffdistill.distillers.base import Batch, Distiller, PairBatch, Rng, TrajectoryBatch, Turn
 from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, nbytes, network_row, without_a_gpu
+from diffdistill.models.attention import Attention
 from diffdistill.models.condition import Condition
 from diffdistill.models.loading import Teacher
 from diffdistill.models.quantize import rounding_saves
@@ -45,6 +46,7 @@ def plan_memory(
         activations: bytes by turn, where they are known; None to find them, which takes a step of every stage.
     """
     teacher = open_teacher(config, "meta") if teacher is None else teacher
+    teacher = replace(teacher, denoiser=teacher.denoiser.with_attention(Attention(config.compute.attention).planned()))
     saved = 0 if teacher.quantized is None else rounding_saves(teacher.network, teacher.family, teacher.quantized)
     with torch.device("meta"):
         roles = build_run_roles(config, teacher)

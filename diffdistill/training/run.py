@@ -114,6 +114,7 @@ class _Run:
         self.size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
         self.done = 0
         self.skipped_before = 0
+        self.attention_is_new = True  # what was chosen is said after the first step
         self.last: dict[str, float] = {}
         self.saved: Path | None = None
         self.started = time.perf_counter()
@@ -262,6 +263,9 @@ class _Run:
             self._keep(stage, engine, first - 1, looks, saves=first == stage.steps, stops=False)
         for step in range(first, stage.steps):
             engine.step(step, stop=self.processes.asked_to_stop())
+            if self.attention_is_new:
+                self.attention_is_new = False
+                self.progress.say(f"attention {self.teacher.denoiser.attention}")
             self.done += 1
             self.progress.advance()
             self._after_step(stage, engine, step)

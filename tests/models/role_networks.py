@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 from small_networks import dit, unet
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.math.schedules import VPSchedule
+from diffdistill.models import attention
 from diffdistill.models.condition import Condition
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.network import NetworkDenoiser
@@ -48,3 +50,30 @@ def perturb(parameters, seed: int, std: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+class _Softmax(TorchDispatchMode):
+    """Counts the operations in which softmax is taken: torch's attention, fused or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "softmax" in func.name() or "scaled_dot_product" in func.name():
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def attention_calls(denoiser, batch: Inputs, monkeypatch) -> tuple[int, list[str]]:
+    """Return how often a network hands attention to its kernel, and what attention it computes past it."""
+    calls = []
+
+    def value_of_the_first(query, key, value, **options):
+        calls.append(query.shape)
+        return value[:, :, :1].expand(query.shape)
+
+    monkeypatch.setitem(attention.KERNELS, "math", attention.Kernel(value_of_the_first, lambda call: None))
+    with torch.no_grad(), _Softmax() as outside:
+        denoiser.with_attention(attention.Attention("math"))(*batch)
+    return len(calls), outside.seen

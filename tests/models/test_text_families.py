@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from role_networks import Inputs, attention_calls
 from text_pipelines import BUILDERS, save
 from torch import Tensor
 
@@ -328,3 +329,16 @@ def test_on_the_meta_device_prompts_have_their_shapes_without_any_weights(name):
         assert all(value.device.type == "meta" for value in shapes.values())
     assert all(tensor.device.type == "meta" for tensor in shaped.network.parameters())
     assert shaped.denoiser.sample_shape == teacher(name).denoiser.sample_shape
+
+
+# Layers of the small networks that attend by softmax. SD3's and FLUX's blocks attend once, to image and text together; the
+# self-attention of Sana is linear.
+ATTENTIONS = {"sd": 8, "sdxl": 8, "pixart": 4, "sd3": 2, "flux": 3, "sana": 2, "sana-sprint": 2}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_switch_reaches_every_attention_of_the_network(name: str, monkeypatch) -> None:
+    loaded = teacher(name)
+    x, t = torch.zeros(2, *loaded.denoiser.sample_shape), loaded.denoiser.schedule.t_max * torch.ones(2, dtype=torch.float64)
+    calls, past_it = attention_calls(loaded.denoiser, Inputs(x, t, loaded.condition(PROMPTS)), monkeypatch)
+    assert (calls, past_it) == (ATTENTIONS[name], [])

@@ -76,22 +76,6 @@ def test_only_the_roles_of_a_turn_require_gradient_while_its_loss_is_made():
     train(tiny_engine(distiller=Looking), range(2))
 
 
-def test_cudnn_attention_is_off_in_a_step_and_as_before_after_it():
-    seen = []
-
-    class Looking(TinyDistiller):
-        def loss(self, turn, batch, rng, step):
-            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-            return super().loss(turn, batch, rng, step)
-
-    for before in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(before)
-        train(tiny_engine(distiller=Looking), range(1))
-        assert torch.backends.cuda.cudnn_sdp_enabled() is before
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    assert seen and not any(seen)
-
-
 def test_carry_reaches_the_later_turn_of_the_same_micro_batch_and_no_later_step():
     engine = tiny_engine(2, student_every=2)
     train(engine, range(2))
