@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,6 +42,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.errors import UserError, unknown_name
+from diffdistill.models.forward_attention import attention as forward_attention
 
 AttentionName = Literal[
     "auto", "sdpa", "flash", "memory_efficient", "cudnn", "math", "flex", "xformers", "flash_attn", "forward"
@@ -445,15 +445,8 @@ def _flex_refuses(call: Call) -> str | None:
     return _refuses_plain(call, takes_mask=True)
 
 
-_FORWARD = "diffdistill.models.forward_attention"
-
-
-def _forward(*tensors: Tensor, **options: Any) -> Tensor:
-    return importlib.import_module(_FORWARD).forward_attention(*tensors, **options)
-
-
 def _forward_refuses(call: Call) -> str | None:
-    return None if importlib.util.find_spec(_FORWARD) else "it is not part of this version"
+    return "it drops no attention weights" if call.dropout else None
 
 
 KERNELS: dict[str, Kernel] = {
@@ -465,7 +458,7 @@ KERNELS: dict[str, Kernel] = {
     "flex": Kernel(_flex, _flex_refuses),
     "xformers": _of_package("xformers", "xformers", _xformers, takes_mask=True),
     "flash_attn": _of_package("flash_attn", "flash-attn", _flash_attn, takes_mask=False),
-    "forward": Kernel(_forward, _forward_refuses),
+    "forward": Kernel(forward_attention, _forward_refuses),
 }
 
 _NAMES = {
