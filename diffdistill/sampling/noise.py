@@ -26,8 +26,10 @@ class Noise:
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the next draw of every image, (B, *shape)."""
-        rows = [torch.randn(tuple(shape), generator=generator, dtype=dtype) for generator in self.generators]
-        return torch.stack(rows).to(self.device)
+        noise = torch.empty((len(self.generators), *shape), dtype=dtype)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(self.device)
 
 
 class BatchNoise:

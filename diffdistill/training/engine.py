@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -175,7 +176,7 @@ class Engine:
         assert len(self.micros) > 0, "every process needs a micro-batch; see data_feed.micro_batch_size"
         self.stop_votes = torch.zeros((), dtype=torch.float64, device=self.device)
         self._checked: set[Turn] = set()
-        self._autocast = _autocast_options()
+        self._dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
 
     def step(self, step: int, stop: bool = False) -> None:
         """Train step `step` of the stage, counted from 0; `stop` tells every process that this one was asked to stop."""
@@ -187,6 +188,15 @@ class Engine:
             trained |= set(turn.trains)
         for role in sorted(trained & self.averages.keys()):
             self.averages[role].update()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which losses are computed: the run's precision.
+
+        Its cache of weights is off: older torch reuses a cast made under no_grad with grad, which cuts the graph.
+        """
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._dtype, cache_enabled=False)
 
     def stop_agreed(self) -> bool:
         """Return whether a process was asked to stop; equal in all of them after a step. Waits for the device."""
@@ -219,7 +229,7 @@ class Engine:
         names, values = (), torch.zeros((), dtype=torch.float64, device=self.device)
         for micro in self.micros:
             rng = self._rng(step, micro, index)
-            with self.accelerator.autocast(self._autocast):
+            with self.autocast():
                 loss = self.distiller.loss(turn, batches[micro], rng, step)
             self.reduction.before_backward(parameters, last=micro == self.micros[-1])
             self.accelerator.backward(loss.total / self.feed.num_micro_batches)
@@ -262,9 +272,15 @@ class Engine:
 
     def _rng(self, step: int, micro: int, turn: int) -> Rng:
         key = (self.seed, "stage", self.stage, step)
-        torch.manual_seed(derive_seed(*key, "global", micro, turn))  # for a network that draws by itself, e.g. dropout
+        self._seed_global(derive_seed(*key, "global", micro, turn))  # for a network that draws by itself, e.g. dropout
         local = torch.Generator(self.device).manual_seed(derive_seed(*key, "local", micro, turn))
         return Rng(local, torch.Generator().manual_seed(derive_seed(*key, "shared", turn)))
+
+    def _seed_global(self, seed: int) -> None:
+        """Seed the generators that a network may draw from: torch.manual_seed asks every backend it knows, 2 ms a turn."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
     def _check_reached(self, turn: Turn) -> None:
         """Refuse a role that no gradient reaches, which trains silently into nothing. Once per turn and stage."""
@@ -282,10 +298,3 @@ class Engine:
 def _values(loss: Loss) -> Tensor:
     terms = [loss.total.detach(), *(loss.terms[name] for name in sorted(loss.terms))]
     return torch.stack([term.double() for term in terms])
-
-
-def _autocast_options() -> Any:
-    """Switch autocast's cache of weights off: older torch reuses a cast made under no_grad with grad, which cuts the graph."""
-    from accelerate.utils import AutocastKwargs
-
-    return AutocastKwargs(cache_enabled=False)
