@@ -21,8 +21,16 @@ from diffdistill.models.denoiser import Denoiser, InSchedule
 from diffdistill.models.network import FamilyDenoiser
 
 
-class _TapReached(Exception):
-    """Raised by the tap's hook to leave the network early, caught in `features`."""
+class TapReached(Exception):
+    """Raised by the hook of a tap to leave the network early, caught in `features`.
+
+    Attributes:
+        tap: name of the block.
+        output: of the block.
+    """
+
+    def __init__(self, tap: str, output: Tensor) -> None:
+        self.tap, self.output = tap, output
 
 
 def _of_network(denoiser: Denoiser) -> FamilyDenoiser:
@@ -76,16 +84,23 @@ def features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, tap: s
     Raises:
         UserError: no network to read, or an unknown tap.
     """
-    caught: list[Tensor] = []
+    with stopping_at(denoiser, tap):
+        try:
+            denoiser(x_t, t, cond)
+        except TapReached as reached:
+            return reached.output
+    raise AssertionError(f"tap {tap!r} lies on no forward pass of the network")
+
+
+@contextlib.contextmanager
+def stopping_at(denoiser: Denoiser, tap: str) -> Iterator[None]:
+    """Make the network behind a denoiser raise TapReached where a block has its output."""
 
     def stop(output: Tensor) -> None:
-        caught.append(output)
-        raise _TapReached
+        raise TapReached(tap, output)
 
-    with _hooked(tap_module(denoiser, tap), stop), contextlib.suppress(_TapReached):
-        denoiser(x_t, t, cond)
-    assert len(caught) == 1, f"tap {tap!r} lies on no forward pass of the network"
-    return caught[0]
+    with _hooked(tap_module(denoiser, tap), stop):
+        yield
 
 
 def predict_with_features(

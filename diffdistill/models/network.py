@@ -174,14 +174,13 @@ class NetworkDenoiser(OfNetwork):
         """Return the prediction at x_t, (B, C, H, W), at times t (B,); raw output in the network's dtype."""
         alpha, sigma = self.schedule.coefficients(t)
         with self.role(), self.attention.using(), feeding(self.network, cond):
-            raw = self.family.forward(self.network, _like_weights(self.network, x_t), self._network_time(t), cond)
+            raw = self.family.forward(self.network, *self.network_inputs(x_t, t), cond)
         return Prediction(self.kind, raw, x_t, alpha, sigma)
 
-    def _network_time(self, t: Tensor) -> Tensor:
-        """Return the time the network was trained with: VP timesteps as they are, 1000 sigma for a flow, as diffusers feeds."""
-        if isinstance(self.schedule, RectifiedFlowSchedule):
-            return 1000 * self.schedule.sigma(t)
-        return t.clamp(min=0)
+    def network_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return state and time as the network was trained with: VP timesteps as they are, 1000 sigma for a flow, as diffusers feeds."""
+        is_flow = isinstance(self.schedule, RectifiedFlowSchedule)
+        return _like_weights(self.network, x_t), 1000 * self.schedule.sigma(t) if is_flow else t.clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,14 @@ class EDMDenoiser(OfNetwork):
         alpha, sigma = self.schedule.coefficients(t)
         c = edm_preconditioning(sigma, self.sigma_data)
         with self.role(), self.attention.using(), feeding(self.network, cond):
-            f_x = self.family.forward(self.network, _like_weights(self.network, expand(c.c_in, x_t) * x_t), c.c_noise, cond)
+            f_x = self.family.forward(self.network, *self.network_inputs(x_t, t), cond)
         x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.float32)
         return Prediction("sample", x0, x_t, alpha, sigma)
+
+    def network_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return state and time as the network was trained with: c_in x and c_noise."""
+        c = edm_preconditioning(self.schedule.sigma(t), self.sigma_data)
+        return _like_weights(self.network, expand(c.c_in, x_t) * x_t), c.c_noise
 
 
 FamilyDenoiser = NetworkDenoiser | EDMDenoiser

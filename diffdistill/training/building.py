@@ -156,8 +156,20 @@ def build_shadow(config: RunConfig, roles: Roles) -> Shadow | None:
     return None if config.ema is None else Shadow(roles, "student", config.ema.decay, config.ema.offload)
 
 
-def open_stage(config: RunConfig, teacher: Teacher, index: int = 0) -> tuple[Roles, Engine]:
-    """Build the roles and the engine of one stage without a run folder: what a benchmark of the step needs."""
+def open_stage(
+    config: RunConfig,
+    teacher: Teacher,
+    index: int = 0,
+    source: DataSource | None = None,
+    pairs: Pairs | None = None,
+    trajectories: Trajectories | None = None,
+) -> tuple[Roles, Engine]:
+    """Build the roles and the engine of one stage without a run folder: what a benchmark of the step needs.
+
+    Args:
+        source: in place of the config's data.
+        pairs, trajectories: what the stage's method reads of them.
+    """
     accelerator = build_accelerator(config.precision)
     roles = build_run_roles(config, teacher)
     engine = build_engine(
@@ -165,8 +177,9 @@ def open_stage(config: RunConfig, teacher: Teacher, index: int = 0) -> tuple[Rol
         index,
         teacher,
         roles,
-        source=build_source(config, teacher),
-        pairs=None,
+        source=build_source(config, teacher) if source is None else source,
+        pairs=pairs,
+        trajectories=trajectories,
         shadow=build_shadow(config, roles),
         accelerator=accelerator,
         size=micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes),

@@ -10,6 +10,7 @@ optimiser without a fused kernel on the device (see `optimizers`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
