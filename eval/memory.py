@@ -23,17 +23,14 @@ from typing import Any, TypeVar
 
 import diffusers
 import torch
-from torch import Tensor
 
 from diffdistill import recipes
+from diffdistill.bench.published import MODELS, SCHEDULE, Published, flux, sd15, sdxl, teacher_of
 from diffdistill.config import RunConfig, load_config
 from diffdistill.distillers.base import Batch
 from diffdistill.files import write_atomic, write_json
-from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, VPSchedule
 from diffdistill.memory import MemoryPlan, MemoryRow, memory_rows, total
 from diffdistill.models.adapters import LoraSpec
-from diffdistill.models.codec import Codec
-from diffdistill.models.conditioning import Asked, Conditioning
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
@@ -52,57 +49,6 @@ ROLES = ("student", "fake")
 LORA = LoraSpec(rank=32, targets="attention")
 OPTIMIZERS = {role: OptimizerConfig() for role in ROLES}
 GIB = 2**30
-SCHEDULE = VPSchedule(torch.linspace(0.99, 0.01, 1000))  # any: its tensors are no part of the roles
-
-
-def sd15() -> Any:
-    """Return the network of Stable Diffusion 1.5, 860 M parameters."""
-    return diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-
-
-def sdxl() -> Any:
-    """Return the network of SDXL, 2.6 B parameters."""
-    return diffusers.UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-        use_linear_projection=True,
-    )
-
-
-def flux() -> Any:
-    """Return the network of FLUX.1-dev, 11.9 B parameters."""
-    return diffusers.FluxTransformer2DModel(guidance_embeds=True)
-
-
-def pixart() -> Any:
-    """Return the network of PixArt-alpha at 512 pixels, 0.6 B parameters."""
-    return diffusers.PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
-
-
-def sd3() -> Any:
-    """Return the network of Stable Diffusion 3.5 medium, 2.5 B parameters."""
-    return diffusers.SD3Transformer2DModel(
-        num_layers=24,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(13)),
-        qk_norm="rms_norm",
-    )
-
-
-def sana() -> Any:
-    """Return the network of Sana at 512 pixels, 1.6 B parameters."""
-    return diffusers.SanaTransformer2DModel(sample_size=16)
 
 
 NETWORKS: dict[str, Callable[[], Any]] = {"Stable Diffusion 1.5": sd15, "SDXL": sdxl, "FLUX.1-dev": flux}
@@ -129,92 +75,6 @@ def planned(build: Callable[[], Any], layout: Layout, dtype: torch.dtype) -> tup
 
 
 # Recipes
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published text-to-image model.
-
-    Attributes:
-        build: its network.
-        schedule, kind: the path its states live on, and what the network emits.
-        state: (C, H, W) of the states at the size its recipes train.
-        prompt: name -> shape of what a prompt is encoded to.
-        constants: name -> shape of what every prompt gets besides.
-    """
-
-    build: Callable[[], Any]
-    schedule: Schedule
-    kind: str
-    state: tuple[int, int, int]
-    prompt: Mapping[str, tuple[int, ...]]
-    constants: Mapping[str, tuple[int, ...]]
-
-
-FLOW = RectifiedFlowSchedule(3.0)
-MASKED = "encoder_attention_mask"
-MODELS: dict[str, Published] = {  # by the first part of the recipes' names
-    "sd15": Published(sd15, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (77, 768)}, {}),
-    "sdxl": Published(
-        sdxl,
-        SCHEDULE,
-        "epsilon",
-        (4, 128, 128),
-        {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,)},
-        {"time_ids": (6,)},
-    ),
-    "pixart": Published(pixart, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (120, 4096), MASKED: (120,)}, {}),
-    "sd3": Published(
-        sd3,
-        FLOW,
-        "flow_prediction",
-        (16, 128, 128),
-        {"encoder_hidden_states": (77 + 256, 4096), "pooled_projections": (2048,)},
-        {},
-    ),
-    "flux": Published(
-        flux,
-        FLOW,
-        "flow_prediction",
-        (16, 64, 64),
-        {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)},
-        {"embedded_guidance": ()},
-    ),
-    "sana": Published(sana, FLOW, "flow_prediction", (32, 16, 16), {"encoder_hidden_states": (300, 2304), MASKED: (300,)}, {}),
-}
-
-
-@dataclass(frozen=True)
-class StatedPrompts:
-    """Makes conditions of stated shapes, of zeros."""
-
-    model: Published
-    dtype: torch.dtype
-    device: torch.device
-    conditioning: Conditioning = "text"
-    fingerprint: str = ""
-
-    @property
-    def null(self) -> Mapping[str, Tensor]:
-        """Return the empty prompt."""
-        return self._zeros(self.model.prompt, 1)
-
-    def values(self, asked: Asked, batch_size: int | None = None) -> dict[str, Tensor]:
-        """Return as many prompts."""
-        return self._zeros({**self.model.prompt, **self.model.constants}, batch_size or 1)
-
-    def _zeros(self, shapes: Mapping[str, tuple[int, ...]], num: int) -> dict[str, Tensor]:
-        kinds = {name: torch.int64 if name == MASKED else self.dtype for name in shapes}
-        return {name: torch.zeros(num, *shape, dtype=kinds[name], device=self.device) for name, shape in shapes.items()}
-
-
-def teacher_of(model: Published, network: Any, state: tuple[int, int, int]) -> Teacher:
-    """Return a model as a teacher without autoencoder and text encoders."""
-    first = next(network.parameters())
-    family = FAMILIES[type(network).__name__]
-    denoiser = NetworkDenoiser(network.eval().requires_grad_(False), family, model.schedule, model.kind, state)
-    prompts = StatedPrompts(model, first.dtype, first.device)
-    return Teacher(denoiser, family, network, Codec(), {}, "", "", guidance=1.0, steps=1, conditioner=prompts)
 
 
 def recipe_names() -> list[str]:
