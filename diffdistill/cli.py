@@ -495,6 +495,52 @@ def doctor(*, json: Json = False) -> int:
     return MACHINE if found["problems"] else 0
 
 
+@app.command(sort_key=11)
+def bench(
+    *,
+    parts: Words = (),
+    teachers: Words = (),
+    methods: Words = (),
+    layouts: Words = (),
+    batch: int | None = None,
+    seconds: float = 10.0,
+    check: bool = False,
+    against: Path | None = None,
+    output: Output | None = None,
+    json: Json = False,
+) -> int:
+    """Measure steps, sampling, starts and overhead against the network passes they must do, on the GPU where there is one.
+
+    Args:
+        parts: of steps, samples, starts and overhead; all when left out.
+        teachers: embedded ones, or sd15, Stable Diffusion 1.5's network with random weights; what suits the device when left out.
+        methods: names in the table of the benchmark; all when left out.
+        layouts: copies, shared; both when left out.
+        batch: samples of a step; the teacher's own number when left out.
+        seconds: for the timed rounds of each row.
+        check: exit status 1 if something got worse than the kept results say, by more than their noise.
+        against: kept results; those of the repository when left out.
+        output: folder for bench.json and performance.md; rows that it holds and that are not measured again stay.
+    """
+    from diffdistill.bench import results
+    from diffdistill.bench.check import worse
+    from diffdistill.bench.page import page
+    from diffdistill.bench.run import bench as run
+
+    _folder(output)
+    kept = results.read_kept(results.COMMITTED if against is None else against) if check else {}
+    found = run(parts, teachers, methods, layouts, batch, seconds, _command_line(), lambda text: print(text, file=sys.stderr))
+    if output is not None:
+        from diffdistill.files import write_atomic
+
+        write_atomic(output / "performance.md", page(results.write(output / results.FILE, found)))
+    _print_json(found.model_dump(mode="json")) if json else print(page({found.machine.device: found}))
+    lines = worse(results.of_kind(kept, found.machine), found) if check else []
+    for line in lines:
+        print(f"worse: {line}", file=sys.stderr)
+    return MACHINE if lines else 0
+
+
 weights = App(
     name="weights",
     help="Keep the files of feature networks (Inception, DINOv2, CLIP, ...) that measurements need. Nothing is downloaded.\n\n"

@@ -38,6 +38,7 @@ SURFACE = ENGINE | {
     "selfcheck",
     "api",
     "quickstart",
+    "bench",
 }
 
 # Every part of the house and what it may import; a new module belongs to a part, or gets a line here.
@@ -71,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "references": SURFACE,
     "selfcheck": SURFACE,
     "quickstart": SURFACE,
+    "bench": ENGINE | {"memory"},
     "api": SURFACE,
     "": {"api"},  # the package itself: lazy public names
     "cli": SURFACE,

@@ -1,0 +1,73 @@
+"""Has anything got worse than an older table says? By counts of passes, which are exact, and by ratios, which hold on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from diffdistill.bench.results import OverheadRow, Results, SampleRow, StartRow, StepRow
+from diffdistill.bench.timing import Ratio
+
+NOISE = 0.10
+"""By how much a ratio of times may be above the older one, beside what its interval allows: what other work on a machine does to it."""
+MEMORY_NOISE = 0.03
+"""The same for memory, which is counted and not timed, but is in the hands of libraries too."""
+MAX_START_S = 10.0
+MAX_OVERHEAD = 0.03
+
+R = TypeVar("R", StepRow, SampleRow)
+
+
+def worse(old: Results, new: Results) -> list[str]:
+    """Return what got worse from the older results to the newer, a line each; rows that only one of them has are left out.
+
+    Starts and overhead are held against the project's aims, not against older times, which another machine would not repeat.
+    """
+    return [
+        *_paired(old.steps, new.steps, _worse_step),
+        *_paired(old.samples, new.samples, _worse_sample),
+        *(line for row in new.starts for line in _late(row)),
+        *(line for row in new.overhead for line in _costly(row)),
+    ]
+
+
+def _paired(old: Sequence[R], new: Sequence[R], compare: Callable[[R, R], Iterator[str]]) -> Iterator[str]:
+    before = {row.key: row for row in old}
+    for row in new:
+        if row.key in before:
+            yield from (f"{row.key}: {text}" for text in compare(before[row.key], row))
+
+
+def _worse_step(old: StepRow, new: StepRow) -> Iterator[str]:
+    if old.batch == new.batch:  # how roles share a batch depends on it
+        before, now = ({(row.role, row.kind, row.tap): row.per_step for row in each.passes} for each in (old, new))
+        for what in sorted(before.keys() | now.keys()):
+            if before.get(what) != now.get(what):
+                role, kind, tap = what
+                name = f"{role} {kind}{f' up to {tap}' if tap else ''}"
+                yield f"passes of a step, {name}: {before.get(what, 0):g} -> {now.get(what, 0):g}"
+    yield from _larger("step / floor", old.ratio, new.ratio)
+    if new.memory > old.memory * (1 + MEMORY_NOISE):
+        yield f"memory / floor: {old.memory:.2f} -> {new.memory:.2f}"
+
+
+def _worse_sample(old: SampleRow, new: SampleRow) -> Iterator[str]:
+    if old.passes != new.passes:
+        yield f"passes of an image: {old.passes} -> {new.passes}"
+    yield from _larger("sampling / floor", old.ratio, new.ratio)
+
+
+def _larger(what: str, old: Ratio, new: Ratio) -> Iterator[str]:
+    """Yield a line where all of the newer interval lies above the older one, and above the older median by more than the noise."""
+    if new.low > max(old.high, old.median * (1 + NOISE)):
+        yield f"{what}: {old.median:.2f} -> {new.median:.2f} ({new.low:.2f} to {new.high:.2f})"
+
+
+def _late(row: StartRow) -> Iterator[str]:
+    if row.processor_seconds > MAX_START_S:
+        yield f"{row.what}: {row.processor_seconds:.1f} s of processor time to the first step; at most {MAX_START_S:g}"
+
+
+def _costly(row: OverheadRow) -> Iterator[str]:
+    if row.what == "all" and row.share > MAX_OVERHEAD:
+        yield f"overhead: {100 * row.share:.1f} % of a run; at most {100 * MAX_OVERHEAD:g} %"

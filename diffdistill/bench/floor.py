@@ -1,0 +1,71 @@
+"""An action beside the passes it must do: both timed in turns, in the same process, on the same kernels."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from diffdistill.bench.passes import Call, Pass, bare, count, recorded
+from diffdistill.bench.session import Session
+from diffdistill.bench.timing import Clock, Ratio, paired_ratio
+
+MIN_ROUNDS = 3
+
+
+@dataclass
+class Comparison:
+    """Times of an action and of its passes alone.
+
+    Attributes:
+        times, floors: seconds of each round, and of its passes.
+        calls: of each round.
+        per_round: how often the action was done in one.
+    """
+
+    per_round: int
+    times: list[float] = field(default_factory=list)
+    floors: list[float] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
+
+    @property
+    def num(self) -> int:
+        """How often the action was done."""
+        return self.per_round * len(self.times)
+
+    @property
+    def ratio(self) -> Ratio:
+        """Time of the action over that of its passes."""
+        return paired_ratio(self.times, self.floors)
+
+    @property
+    def passes(self) -> dict[Pass, float]:
+        """How often an action does each pass: counted over the rounds that are always done, so it is the same in every measurement."""
+        counted = count([call for calls in self.calls[:MIN_ROUNDS] for call in calls])
+        return {what: num / (MIN_ROUNDS * self.per_round) for what, num in counted.items()}
+
+
+def compare(action: Callable[[], object], session: Session, clock: Clock, seconds: float, per_round: int = 1) -> Comparison:
+    """Do an action and then its passes bare, again and again.
+
+    Args:
+        action: what is compared, such as a step.
+        session: whose networks it calls.
+        clock: of the device.
+        seconds: time after which no round begins, by this clock; there are at least MIN_ROUNDS.
+        per_round: how often the action is done in a round, each time followed by its passes: the period of what it does.
+    """
+    found = Comparison(per_round)
+    gc.collect()
+    while len(found.times) < MIN_ROUNDS or sum(found.times) + sum(found.floors) < seconds:
+        time, floor, calls_of_round = 0.0, 0.0, []
+        for _ in range(per_round):
+            with recorded(session.roles) as calls:
+                time += clock(action)
+            with session.arithmetic():
+                floor += sum(bare(call, session.roles, clock) for call in calls)
+            calls_of_round += calls
+        found.times.append(time)
+        found.floors.append(floor)
+        found.calls.append(calls_of_round)
+    return found

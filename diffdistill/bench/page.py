@@ -1,0 +1,156 @@
+"""Results as a page of Markdown, with the commands that made them and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from diffdistill.bench.check import MAX_OVERHEAD, MAX_START_S, NOISE
+from diffdistill.bench.results import Machine, OverheadRow, PassRow, Results, SampleRow, StartRow, StepRow
+from diffdistill.bench.timing import Ratio
+
+HEAD = f"""# Speed: what is spent above what must be
+
+`make bench` writes this page; `diffdistill bench --help` shows how to measure a part of it, and `diffdistill bench --check` compares a
+new measurement with the one kept in `eval/results/bench.json`.
+
+**The floor is counted.** Every call of a network in a step is written down: whose network, how many samples, and whether a backward pass came
+to it and what that was for. Backward into the inputs through a frozen network costs less than backward into its weights, and a network
+that is left after a block costs a part of itself; the floor has the same. The same calls are then made bare, with the same inputs,
+role, arithmetic and kernels, right after each step and in the same process, so that a slow moment of the machine meets both. Step / floor is
+the median over cycles of the method's turns of the ratio of the two, with the interval that holds such a median with 95 % (bootstrap). Everything
+else is what a step costs above its passes: data, random draws, noise schedules, loss, clipping, optimiser, average of the weights,
+guards. A floor has none of these, so 1.00 is not to be reached.
+
+**Noise.** On a CPU times are processor time of one thread, which other work on the machine disturbs least; it still shares caches and memory, so
+that single cells move by several hundredths from one measurement to the next, and ratios below 1 show nothing but that. Read an interval,
+not a median. `--check` reports a cell when its whole interval lies above the kept one and above the kept median by more than {100 * NOISE:.0f} %, or when it does
+other passes than before, which is exact. On a GPU times are between events around an action that begins and ends with an idle device.
+
+**Memory** is counted, not sampled: what is kept is known by its tensors, and what a step adds is the most bytes of living tensors during it.
+The floor is all that is kept and one student graph (forward, backward, gradients); in the shared layout there is also the ratio to
+plain fine-tuning of one adapter on the same network, which keeps one adapter and one optimiser.
+"""
+
+
+def page(results: Mapping[str, Results]) -> str:
+    """Return the page of what was found, by device."""
+    return "\n".join([HEAD, *(_section(each) for each in results.values())])
+
+
+def _section(found: Results) -> str:
+    parts = [f"## {found.machine.device}", f"`{found.command}`, {_facts(found.machine)}."]
+    if found.steps:
+        parts += ["### A step", steps_table(found.steps)]
+    if found.refused:
+        lines = [f"- {row.teacher}, {row.method}, {row.layout}: {row.reason}" for row in found.refused]
+        parts += ["Cells that cannot be:", "\n".join(lines)]
+    if found.samples:
+        parts += [
+            "### An image in few steps",
+            "What `diffdistill sample` does between the encoded condition and the decoded image, for a student of the batch, and apart from it "
+            "the encoder and the decoder. Noise is drawn for each image by its own generator, so that an image does not depend on its batch.",
+            samples_table(found.samples),
+        ]
+    if found.starts:
+        parts += [
+            "### From the command to the first step",
+            f"Digits UNet, DMD2, in a process of its own with a warm file cache, to the line that tells of the first step. Aim: under {MAX_START_S:g} s.",
+            starts_table(found.starts),
+        ]
+    if found.overhead:
+        parts += [
+            "### Beside the steps",
+            "Digits UNet, DMD2, batch 128: time of each event in a run of 1,000 steps at the default settings, validation switched on at its "
+            f"defaults. What is made once counts in full. Aim: under {100 * MAX_OVERHEAD:g} %.",
+            overhead_table(found.overhead),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(machine: Machine) -> str:
+    threads = "one thread" if machine.threads == 1 else f"{machine.threads} threads"
+    commit = f", commit {machine.revision}" if machine.revision else ""
+    return (
+        f"{threads}, torch {machine.torch}, diffusers {machine.diffusers}, Python {machine.python}, {machine.platform}{commit}"
+    )
+
+
+def steps_table(rows: Sequence[StepRow]) -> str:
+    """Return the steps as a table."""
+    return _table(
+        {
+            "model": lambda row: row.teacher,
+            "method": lambda row: row.method,
+            "layout": lambda row: row.layout,
+            "batch": lambda row: row.batch,
+            "passes of a step": lambda row: passes_text(row.passes),
+            "step ms": lambda row: f"{row.step_ms:.0f}",
+            "floor ms": lambda row: f"{row.floor_ms:.0f}",
+            "step / floor": lambda row: ratio_text(row.ratio),
+            "first step s": lambda row: f"{row.first_step_s:.2f}",
+            "peak MiB": lambda row: f"{row.peak_mib:.0f}",
+            "memory / floor": lambda row: f"{row.memory:.2f}",
+            "of plain LoRA": lambda row: "" if row.of_plain is None else f"{row.of_plain:.2f}",
+        },
+        rows,
+    )
+
+
+def samples_table(rows: Sequence[SampleRow]) -> str:
+    """Return the samplings as a table."""
+    return _table(
+        {
+            "model": lambda row: row.teacher,
+            "layout": lambda row: row.layout,
+            "rule": lambda row: row.rule,
+            "steps": lambda row: row.steps,
+            "passes": lambda row: row.passes,
+            "batch": lambda row: row.batch,
+            "ms an image": lambda row: f"{row.image_ms:.3f}",
+            "sampling / floor": lambda row: ratio_text(row.ratio),
+            "condition ms": lambda row: f"{row.condition_ms:.3f}",
+            "decoder ms": lambda row: f"{row.decode_ms:.3f}",
+        },
+        rows,
+    )
+
+
+def starts_table(rows: Sequence[StartRow]) -> str:
+    """Return the starts as a table."""
+    return _table(
+        {
+            "what": lambda row: row.what,
+            "s on the wall": lambda row: f"{row.seconds:.1f}",
+            "s of processor time": lambda row: f"{row.processor_seconds:.1f}",
+        },
+        rows,
+    )
+
+
+def overhead_table(rows: Sequence[OverheadRow]) -> str:
+    """Return the overhead as a table."""
+    return _table(
+        {
+            "what": lambda row: row.what,
+            "times": lambda row: row.times,
+            "ms each": lambda row: f"{row.ms:.1f}",
+            "share": lambda row: f"{100 * row.share:.2f} %",
+        },
+        rows,
+    )
+
+
+def passes_text(passes: Sequence[PassRow]) -> str:
+    """Return passes in words: `2 teacher forward, 1 student weights`, in batches; a block in brackets is where a network is left."""
+    return ", ".join(f"{row.per_step:.3g} {row.role}{f'[{row.tap}]' if row.tap else ''} {row.kind}" for row in passes)
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """Return median and interval."""
+    return f"**{ratio.median:.2f}** ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _table(columns: Mapping[str, Callable[..., object]], rows: Sequence[object]) -> str:
+    """Return a Markdown table with a row for each of `rows`."""
+    lines = [list(columns), ["---"] * len(columns), *([str(value(row)) for value in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,89 @@
+"""A step of a cell: its passes, its time over theirs, its memory over what must be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from diffdistill.bench.floor import compare
+from diffdistill.bench.matrix import Cell
+from diffdistill.bench.passes import Call, bare, recorded
+from diffdistill.bench.results import PassRow, StepRow
+from diffdistill.bench.session import Session, open_session
+from diffdistill.bench.timing import clock_of
+from diffdistill.memory import LiveBytes, memory_rows, total
+
+MIB = 2**20
+
+
+def measure_step(cell: Cell, seconds: float) -> StepRow:
+    """Measure one cell.
+
+    Args:
+        seconds: for its timed rounds.
+    Raises:
+        UserError: the cell cannot be; says why.
+    """
+    session = open_session(cell)
+    clock = clock_of(session.teacher.device)
+    first_step = clock(session.step)
+    session.cycle()
+    memory = footprint(session)
+    found = compare(session.step, session, clock, seconds, per_round=session.cycle_steps)
+    return StepRow(
+        teacher=cell.teacher,
+        method=cell.method,
+        layout=cell.layout,
+        batch=cell.batch,
+        passes=tuple(
+            PassRow(role=what.role, kind=what.kind, tap=what.tap, per_step=round(what.rows / cell.batch * num, 3))
+            for what, num in found.passes.items()
+        ),
+        step_ms=1000 * sum(found.times) / found.num,
+        floor_ms=1000 * sum(found.floors) / found.num,
+        ratio=found.ratio,
+        rounds=len(found.times),
+        first_step_s=first_step,
+        **memory,
+    )
+
+
+def footprint(session: Session) -> dict[str, float | None]:
+    """Return the memory columns of `StepRow`: what is kept by shapes, what comes and goes by counting living tensors."""
+    stage, averaged = session.config.stages[0], session.config.ema is not None
+    rows = memory_rows(session.roles, {role: stage.optimizer(role) for role in stage.trained}, averaged)
+    kept = total(rows).kept_bytes
+    with recorded(session.roles) as calls:
+        step = _added(session.cycle, session.teacher.device)
+    graph = _added(lambda: _student_pass(calls, session), session.teacher.device)
+    plain = sum(row.kept_bytes for row in rows if row.role in ("teacher", "student", "average of student"))
+    return {
+        "peak_mib": (kept + step) / MIB,
+        "memory": (kept + step) / (kept + graph),
+        "of_plain": (kept + step) / (plain + graph) if session.roles.layout == "shared" else None,
+    }
+
+
+def _student_pass(calls: list[Call], session: Session) -> None:
+    """Do one pass of the student forward and backward, as plain training would."""
+    own = next(call for call in calls if call.what.role == "student" and call.what.kind == "weights")
+    with session.arithmetic():
+        bare(own, session.roles, _untimed)
+
+
+def _untimed(action: Callable[[], object]) -> float:
+    action()
+    return 0.0
+
+
+def _added(action: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that an action had beside what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        action()
+    return live.peak
