@@ -99,7 +99,7 @@ def check(config: Path, /, *overrides: str, json: Json = False) -> int:
     if json:
         _print_json(run(config, overrides).to_json())
     else:
-        print(run(config, overrides, lambda plan: print(memory_table(plan) + "\n", flush=True)).text())
+        print(run(config, overrides, lambda plan, picked: print(memory_table(plan, picked) + "\n", flush=True)).text())
     return 0
 
 

@@ -22,6 +22,7 @@ from diffdistill.export import plan as export_plan
 from diffdistill.listing import columns
 from diffdistill.memory import NAMES, MemoryPlan, MemoryRow, readable
 from diffdistill.training.loading import LoadedRun, load_run
+from diffdistill.training.memory_auto import available, choose
 from diffdistill.training.planning import plan_memory
 from diffdistill.training.run import train
 
@@ -68,7 +69,8 @@ class CheckReport:
     """What `check` found; there is one only where the run can start.
 
     Attributes:
-        memory: the plan.
+        memory: the plan, of the run with what `memory: auto` picked.
+        picked: its settings, and why.
         measured_bytes: the peak of the steps that were run, on a GPU; None on a CPU, which does not count it.
     """
 
@@ -78,6 +80,7 @@ class CheckReport:
     samplers: list[SamplerRow]
     memory: MemoryPlan
     measured_bytes: int | None
+    picked: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -105,7 +108,7 @@ class CheckReport:
 def check(
     config: RunConfig | Mapping[str, Any] | str | Path,
     overrides: Sequence[str] = (),
-    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+    on_plan: Callable[[MemoryPlan, Sequence[str]], None] = lambda plan, picked: None,
 ) -> CheckReport:
     """Check everything a run needs: settings, memory, teacher, data, samplers, export, and a few real steps.
 
@@ -114,7 +117,7 @@ def check(
     Args:
         config: as for `distill`.
         overrides: for a file, "a.b=c" each.
-        on_plan: told the memory plan before any weight is read.
+        on_plan: told the memory plan before any weight is read, and what `memory: auto` picked for it, lines to print.
     Raises:
         UserError: the run could not start, would fail, or its student could not be exported; says why.
     """
@@ -124,17 +127,20 @@ def check(
         config = parse_config(config)
     _check_protocol(config)
     on_gpu = torch.cuda.is_available()
-    plan = plan_memory(config, "cuda" if on_gpu else "cpu")
-    on_plan(plan)
+    device_type, picked = "cuda" if on_gpu else "cpu", []
+    if config.memory == "auto":
+        choice = choose(config, device_type, available(device_type))
+        config, plan, picked = choice.of(config), choice.after, choice.lines()
+    else:
+        plan = plan_memory(config, device_type)
+    on_plan(plan, picked)
     with tempfile.TemporaryDirectory(prefix="diffdistill-check-") as folder:
         trial = _trial(config, Path(folder) / "run")
         result = train(trial, progress=False)
         measured = torch.cuda.max_memory_allocated() if on_gpu else None
         run = load_run(result.folder)
         seconds = _seconds(result.folder / "metrics.jsonl", len(config.stages))
-    return CheckReport(
-        _teacher(run), _data(config), _stages(config, seconds), _samplers(config, run), plan, measured_bytes=measured
-    )
+    return CheckReport(_teacher(run), _data(config), _stages(config, seconds), _samplers(config, run), plan, measured, picked)
 
 
 def _check_protocol(config: RunConfig) -> None:
@@ -279,11 +285,14 @@ def _shown(row: SamplerRow) -> dict[str, Any]:
     }
 
 
-def memory_table(plan: MemoryPlan) -> str:
-    """Return the plan for a terminal: a row per role, and the peak."""
+def memory_table(plan: MemoryPlan, picked: Sequence[str] = ()) -> str:
+    """Return the plan for a terminal: what `memory: auto` picked, a row per role, and the peak."""
     offloads = plan.peak.offloaded_bytes > 0
     stage = f"stage {plan.stage + 1}, its turn of {plan.heaviest.name}"
-    return f"memory of a step at its peak ({stage})\n" + columns([_sizes(row, offloads) for row in (*plan.rows, plan.peak)])
+    above = "".join(f"{line}\n" for line in picked) + ("\n" if picked else "")
+    return f"{above}memory of a step at its peak ({stage})\n" + columns(
+        [_sizes(row, offloads) for row in (*plan.rows, plan.peak)]
+    )
 
 
 def _sizes(row: MemoryRow, offloads: bool) -> dict[str, Any]:

@@ -87,8 +87,10 @@ def model_of(name: str) -> Published:
     return MODELS[name.removeprefix("text/").partition("-")[0]]
 
 
-def recipe_plan(name: str, activations: Mapping[str, int] | None = None, config: RunConfig | None = None) -> MemoryPlan:
-    """Return the plan of a recipe on a GPU; `activations` by turn, where they are known, `config` in place of its own."""
+def recipe_plan(
+    name: str, activations: Sequence[Mapping[str, int]] | None = None, config: RunConfig | None = None
+) -> MemoryPlan:
+    """Return the plan of a recipe on a GPU; `activations` by stage and turn, where they are known, `config` in place of its own."""
     model, config = model_of(name), config or load_config(recipes.recipe_path(name))
     assert config.teacher_options.dtype == "bf16"
     teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)

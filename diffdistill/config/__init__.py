@@ -1,7 +1,7 @@
 """The schema of a run: what a YAML file may say, checked whole before anything is built."""
 
 from diffdistill.config.combinations import problems
-from diffdistill.config.reading import dump_config, load_config, parse_config, schema
+from diffdistill.config.reading import dump_config, load_config, parse_config, schema, with_overrides
 from diffdistill.config.settings import (
     BucketsConfig,
     CaptionsData,
@@ -53,4 +53,5 @@ __all__ = [
     "parse_config",
     "problems",
     "schema",
+    "with_overrides",
 ]

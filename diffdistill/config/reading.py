@@ -39,6 +39,18 @@ def parse_config(values: Mapping[str, Any], where: str = "the config") -> RunCon
     return checked(TypeAdapter(RunConfig), values, where)
 
 
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Return a run with other settings, "dotted.place=value" each; the last of a place counts.
+
+    Raises:
+        UserError: as for `load_config`.
+    """
+    values = yaml.safe_load(dump_config(config))
+    for text in overrides:
+        override(values, text)
+    return parse_config(values)
+
+
 def dump_config(config: RunConfig) -> str:
     """Return the config as YAML, every default written out; `load_config` reads it back equal."""
     values = config.model_dump(mode="json")

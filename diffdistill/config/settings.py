@@ -280,6 +280,11 @@ class RunConfig(_Frozen):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32")
     compute: ComputeConfig = Field(ComputeConfig(), description="how the networks are computed")
+    memory: Literal["auto"] | None = Field(
+        None,
+        description="auto: where the run would not fit into memory by its plan, settings that make it fit are picked, those that cost least "
+        "speed first, and written into the run's config.yaml (docs/memory.md); null: as configured",
+    )
     clip_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients of a turn are scaled down to this norm; null for no clipping"
     )

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -114,13 +114,23 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def begin(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
-        """Write config and environment; a resumed run adds its environment to the list. Call with the lock held."""
+    @property
+    def picked(self) -> list[str] | None:
+        """The settings that `memory: auto` picked when the run was started, as overrides; None where it has not begun."""
+        return next((session.get("memory", []) for session in self._sessions()), None)
+
+    def begin(self, config: RunConfig, facts: Mapping[str, Any], remarks: Sequence[str] = ()) -> None:
+        """Write config and environment; a resumed run adds its environment to the list. Call with the lock held.
+
+        Args:
+            facts: for the environment; "memory" are the settings that `memory: auto` picked.
+            remarks: lines that are written above the config.
+        """
         checkpoint.remove_leftovers(self.checkpoints)
         remove_leftovers(self.path)
         sessions = self._sessions()
         if not self.has_begun:  # an attempt that failed at once may have left another config
-            write_atomic(self.config, dump_config(config))
+            write_atomic(self.config, "".join(f"# {remark}\n" for remark in remarks) + dump_config(config))
         write_json(self.environment, [*sessions, {**environment(), **facts}])
 
     def _sessions(self) -> list[dict[str, Any]]:

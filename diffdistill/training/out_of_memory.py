@@ -6,21 +6,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import yaml
 
-from diffdistill.config import RunConfig, dump_config, parse_config
+from diffdistill.config import RunConfig, with_overrides
 from diffdistill.errors import UserError
 from diffdistill.memory import MemoryPlan, readable
 from diffdistill.training.data_feed import micro_batch_size
+from diffdistill.training.memory_auto import AFTER_SMALLER, BEFORE_SMALLER, checkpointing
 from diffdistill.training.planning import plan_memory
-from diffdistill.yaml_files import override
 
 SHOWN = 3  # settings named in the message
 LORA_RANK = 64  # of the adapters proposed in place of whole networks
 
 
 class Remedy(NamedTuple):
-    """A setting, as an override, and the bytes of the peak that it saves according to the plan."""
+    """Settings, as overrides with a space between, and the bytes of the peak that they save according to the plan."""
 
     setting: str
     saved: int
@@ -52,49 +51,47 @@ def remedies(config: RunConfig, plan: MemoryPlan, device_type: str) -> list[Reme
     Activations are found anew only where a setting changes them by much; an adapter's rank or the dtype of the base does not.
     """
     stage = config.model_copy(update={"stages": (config.stages[plan.stage],)})
-    activations = {turn.name: turn.activation_bytes for turn in plan.turns}
+    activations = [{turn.name: turn.activation_bytes for turn in plan.turns}]
     found = []
-    for candidate in _candidates(config):
+    for candidate in _candidates(stage, device_type):
         try:
-            changed = _with(stage, candidate.setting)
+            changed = with_overrides(stage, candidate.overrides)
             known = None if candidate.changes_activations else activations
             needed = plan_memory(changed, device_type, activations=known).peak.bytes
         except UserError:  # what cannot be combined with the rest of the run is no remedy
             continue
-        found.append(Remedy(candidate.setting, plan.peak.bytes - needed))
+        found.append(Remedy(_in_run(candidate, plan.stage), plan.peak.bytes - needed))
     return sorted((remedy for remedy in found if remedy.saved > 0), key=lambda remedy: -remedy.saved)
 
 
 class _Candidate(NamedTuple):
-    """A setting, and whether activations have to be found anew."""
+    """Settings, and whether activations have to be found anew."""
 
-    setting: str
+    overrides: tuple[str, ...]
     changes_activations: bool = False
 
 
-def _candidates(config: RunConfig) -> Iterator[_Candidate]:
+def _in_run(candidate: _Candidate, stage: int) -> str:
+    """Return the settings of a candidate for the whole run, of which the candidate has one stage."""
+    return " ".join(override.replace("stages.0.", f"stages.{stage}.") for override in candidate.overrides)
+
+
+def _candidates(config: RunConfig, device_type: str) -> Iterator[_Candidate]:
     roles, lora = config.roles, config.roles.lora
     size = micro_batch_size(config.batch_size, config.micro_batch_size, num_processes=1)
     if size > 1:
         smaller = max(k for k in range(1, size // 2 + 1) if config.batch_size % k == 0)
-        yield _Candidate(f"micro_batch_size={smaller}", changes_activations=True)
-    if not roles.activation_checkpointing:
-        yield _Candidate("roles.activation_checkpointing=true", changes_activations=True)
+        yield _Candidate((f"micro_batch_size={smaller}",), changes_activations=True)
+    for saver in (*BEFORE_SMALLER, *AFTER_SMALLER):
+        if (pick := saver(config, device_type)) is not None:
+            yield _Candidate(pick.overrides, changes_activations=saver is checkpointing)
     if config.precision == "fp32":
-        yield _Candidate("precision=bf16", changes_activations=True)
-    if lora is not None and config.teacher_options.dtype == "fp32":  # whole networks are better trained in float32
-        yield _Candidate("teacher_options.dtype=bf16")
+        yield _Candidate(("precision=bf16",), changes_activations=True)
     if lora is not None and roles.layout == "copies":
-        yield _Candidate("roles.layout=shared")
+        yield _Candidate(("roles.layout=shared",))
     if lora is None:
-        yield _Candidate(f"roles={{layout: shared, lora: {{rank: {LORA_RANK}}}}}")
+        yield _Candidate((f"roles={{layout: shared, lora: {{rank: {LORA_RANK}}}}}",))
     if lora is not None and lora.rank > 1:
-        yield _Candidate(f"roles.lora.rank={lora.rank // 2}")
+        yield _Candidate((f"roles.lora.rank={lora.rank // 2}",))
     if config.ema is not None:
-        yield _Candidate("ema=null")
-
-
-def _with(config: RunConfig, setting: str) -> RunConfig:
-    values = yaml.safe_load(dump_config(config))
-    override(values, setting)
-    return parse_config(values)
+        yield _Candidate(("ema=null",))

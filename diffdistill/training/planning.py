@@ -11,7 +11,7 @@ evaluations; and what kernels and the allocator keep for themselves.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from diffdistill.training.data_feed import micro_batch_size
 
 
 def plan_memory(
-    config: RunConfig, device_type: str, teacher: Teacher | None = None, activations: Mapping[str, int] | None = None
+    config: RunConfig, device_type: str, teacher: Teacher | None = None, activations: Sequence[Mapping[str, int]] | None = None
 ) -> MemoryPlan:
     """Return the plan of the stage that needs most, for one process.
 
@@ -43,7 +43,8 @@ def plan_memory(
         config: of the run.
         device_type: of the device that it will run on, "cpu" or "cuda"; none is touched.
         teacher: on the meta device, changed in place; None to open the config's.
-        activations: bytes by turn, where they are known; None to find them, which takes a step of every stage.
+        activations: by stage, bytes by turn, where they are known (`plan_activations`); None to find them, which takes a step of every
+            stage.
     """
     teacher = open_teacher(config, "meta") if teacher is None else teacher
     teacher = replace(teacher, denoiser=teacher.denoiser.with_attention(Attention(config.compute.attention).planned()))
@@ -51,15 +52,20 @@ def plan_memory(
     with torch.device("meta"):
         roles = build_run_roles(config, teacher)
     if activations is None:
-        fakes = as_fakes(roles, roles.networks.values())
-        by_stage = [_activations(config, stage, device_type, teacher, fakes) for stage in config.stages]
-    else:
-        by_stage = [dict(activations)] * len(config.stages)
+        activations = _all_activations(config, device_type, teacher, roles)
     plans = []
-    for index, (stage, found) in enumerate(zip(config.stages, by_stage, strict=True)):
+    for index, (stage, found) in enumerate(zip(config.stages, activations, strict=True)):
         rows = _kept(config, stage, device_type, teacher, roles, saved)
         plans.append(_stage_plan(index, stage, rows, roles, found))
     return max(plans, key=lambda plan: plan.peak.bytes)
+
+
+def plan_activations(config: RunConfig, device_type: str, teacher: Teacher | None = None) -> list[dict[str, int]]:
+    """Return, for each stage, turn -> bytes of activations; the arguments are those of `plan_memory`."""
+    teacher = open_teacher(config, "meta") if teacher is None else teacher
+    with torch.device("meta"):
+        roles = build_run_roles(config, teacher)
+    return _all_activations(config, device_type, teacher, roles)
 
 
 def _kept(
@@ -96,6 +102,11 @@ def _busiest_step(stage: StageConfig, distiller: Distiller) -> tuple[int, tuple[
 
 
 # Activations
+
+
+def _all_activations(config: RunConfig, device_type: str, teacher: Teacher, roles: Roles) -> list[dict[str, int]]:
+    fakes = as_fakes(roles, roles.networks.values())
+    return [_activations(config, stage, device_type, teacher, fakes) for stage in config.stages]
 
 
 def _activations(config: RunConfig, stage: StageConfig, device_type: str, teacher: Teacher, roles: Roles) -> dict[str, int]:

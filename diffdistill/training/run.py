@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.config import RunConfig, StageConfig, TextData
+from diffdistill.config import RunConfig, StageConfig, TextData, with_overrides
 from diffdistill.errors import MachineError, UserError
 from diffdistill.export.plan import plan
 from diffdistill.files import explained
@@ -34,6 +34,7 @@ from diffdistill.training.data_feed import build_source, micro_batch_size, resum
 from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder, config_hash
 from diffdistill.training.loading import load_roles, stored_roles
+from diffdistill.training.memory_auto import Choice, available, choose, least_room
 from diffdistill.training.optimizers import learning_rate, require_package
 from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
@@ -81,6 +82,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
     """
     accelerator = build_accelerator(config.precision)
     folder = RunFolder(config.output)
+    config, choice = _settled(config, folder, accelerator, progress)
     folder.check(config, resume)
     micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
@@ -92,7 +94,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
             folder.check(config, resume)
         signals = stack.enter_context(StopSignals())
         stack.enter_context(torch.random.fork_rng(devices))  # the engine seeds the global generators
-        run = _Run(config, folder, accelerator, signals, progress and accelerator.is_main_process)
+        run = _Run(config, folder, accelerator, signals, progress and accelerator.is_main_process, choice)
         try:
             return run.train(resume)
         except (RuntimeError, MemoryError) as error:
@@ -103,11 +105,30 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
             raise out_of_memory(as_run, accelerator.device.type, run.standing) from error
 
 
+def _settled(config: RunConfig, folder: RunFolder, accelerator: Any, progress: bool) -> tuple[RunConfig, Choice | None]:
+    """Return the run with what `memory: auto` picks, or picked when the run in the folder was started; then without a choice."""
+    if config.memory is None:
+        return config, None
+    if (picked := folder.picked) is not None:
+        return with_overrides(config, ["memory=null", *picked]), None
+    if progress and accelerator.is_main_process:
+        print("memory: auto: planning a step of the run", flush=True)
+    device_type, num_processes = accelerator.device.type, accelerator.num_processes
+    room = least_room(available(device_type, num_processes))
+    choice = choose(config, device_type, room, num_processes)
+    if progress and accelerator.is_main_process:
+        print("\n".join(choice.lines()), flush=True)
+    return choice.of(config), choice
+
+
 class _Run:
     """A run in progress: what outlives a stage, and the counters of the whole."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Any, signals: StopSignals, show: bool) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, accelerator: Any, signals: StopSignals, show: bool, choice: Choice | None
+    ) -> None:
         self.config, self.folder, self.accelerator, self.signals, self.show = config, folder, accelerator, signals, show
+        self.choice = choice
         self.processes = build_processes(accelerator, lambda: signals.requested is not None)
         self.is_main = self.processes.is_main
         self.on_cpu = accelerator.device.type == "cpu"
@@ -218,7 +239,9 @@ class _Run:
         """Write the folder's first files, make the pairs or trajectories that the config asks for, open log and progress."""
         if self.is_main:
             facts = {"processes": self.accelerator.num_processes, "micro_batch_size": self.size, "teacher": self.fingerprints}
-            self.folder.begin(self.config, facts)
+            if self.choice is not None:
+                facts["memory"] = list(self.choice.overrides)
+            self.folder.begin(self.config, facts, () if self.choice is None else self.choice.lines())
         self.accelerator.wait_for_everyone()
         pairs, spec = self.config.pairs, self.spec
         if pairs is not None and self.pairs is None:

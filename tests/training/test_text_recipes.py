@@ -43,7 +43,7 @@ def test_the_header_is_what_the_recipe_keeps_at_true_size() -> None:
     spec.loader.exec_module(module)
     line = next(line for line in recipes.recipe_text(name).splitlines() if line.startswith("# Memory:"))
     stated = int(float(re.search(r"activations ([\d.]+) GiB", line)[1]) * 2**30)
-    planned = module.header(module.recipe_plan(name, {"student": stated, "fake": 0}))
+    planned = module.header(module.recipe_plan(name, [{"student": stated, "fake": 0}]))
     parts = re.compile(r"(weights|adapters|optimizer|gradients|activations) [\d.]+ [MG]iB")
     assert [match[0] for match in parts.finditer(planned)] == [match[0] for match in parts.finditer(line)]
 
