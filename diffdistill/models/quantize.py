@@ -8,9 +8,12 @@ network's dtype; gradients flow through to the adapters. Sources: LLM.int8() (ar
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffdistill.errors import UserError
 from diffdistill.models.adapters import target_modules
@@ -71,11 +74,46 @@ def rounding_saves(network: nn.Module, family: Family, kind: Quantization) -> in
     return int(saved)
 
 
+class FrozenLinear(nn.Linear):
+    """A linear layer of rounded, frozen weights, which keeps them for the backward pass as they are.
+
+    Left to itself autograd keeps what they were widened to: the whole base in the network's dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
+        return cast(Tensor, _FrozenLinear.apply(x, cast(Any, self.weight).dequantize, self.bias))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, widened: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        return functional.linear(x, widened(), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.widened, _ = inputs
+        ctx.dtype = x.dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return (gradient @ ctx.widened().to(gradient.dtype)).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return functional.linear(tangent, ctx.widened().to(tangent.dtype))
+
+
 def _to_int8(network: nn.Module, names: list[str]) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     chosen = set(names)
     quantize_(network, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in chosen)
+    for name in names:
+        linear: nn.Linear = network.get_submodule(name)  # type: ignore[assignment]
+        frozen = FrozenLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        frozen.weight, frozen.bias = linear.weight.requires_grad_(False), linear.bias
+        network.set_submodule(name, frozen.train(linear.training))
 
 
 def _to_nf4(network: nn.Module, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 import pytest
@@ -11,7 +12,7 @@ from text_pipelines import save
 from torch import nn
 
 from diffdistill.errors import UserError
-from diffdistill.memory import memory_rows
+from diffdistill.memory import LiveBytes, memory_rows
 from diffdistill.models import quantize as module
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.guidance import guided
@@ -125,6 +126,32 @@ def test_gradients_on_rounded_weights_are_those_on_the_same_weights_in_full(name
     for key, wanted in found[1].items():
         torch.testing.assert_close(found[0][key], wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
         assert bool(wanted.any()), key
+
+
+@needs_torchao
+def test_the_graph_keeps_rounded_weights_as_they_are(place):
+    """Left to itself autograd keeps each weight widened, and the base lies in memory whole after all."""
+    kept = []
+    for quantized in (None, "int8"):
+        teacher = load("sd3", place, quantized)
+        roles = build_roles(teacher.denoiser, ("student",), "shared", LORA)
+        with LiveBytes() as live:
+            prediction = roles["student"](*ask(teacher))
+            kept.append(live.now)
+        del prediction
+    assert kept[1] == pytest.approx(kept[0], rel=0.01)
+
+
+@needs_torchao
+def test_forward_mode_goes_through_rounded_layers():
+    plain = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16)).requires_grad_(False)
+    rounded = copy.deepcopy(plain)
+    module._to_int8(rounded, ["0", "1"])
+    for whole, layer in zip(plain, rounded, strict=True):
+        whole.weight.copy_(layer.weight.dequantize())
+    x, tangent = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    for found, wanted in zip(torch.func.jvp(rounded, (x,), (tangent,)), torch.func.jvp(plain, (x,), (tangent,)), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @needs_torchao
