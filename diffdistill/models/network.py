@@ -198,7 +198,7 @@ class EDMDenoiser(OfNetwork):
         c = edm_preconditioning(sigma, self.sigma_data)
         with self.role(), self.attention.using(), feeding(self.network, cond):
             f_x = self.family.forward(self.network, *self.network_inputs(x_t, t), cond)
-        x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.float32)
+        x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.promote_types(torch.float32, f_x.dtype))
         return Prediction("sample", x0, x_t, alpha, sigma)
 
     def network_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
