@@ -29,6 +29,7 @@ Sources: FlashAttention-2 (arXiv:2307.08691); tangents in one pass: sCM (arXiv:2
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,8 +41,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-BLOCK = 256
-"""Rows and keys of a block."""
+
+def block_size(device: torch.device) -> int:
+    """Return the rows, and the keys, of a tile: what stays in a cache, or is worth starting kernels for."""
+    return 256 if device.type == "cpu" else 1024
 
 
 class Tangents(NamedTuple):
@@ -165,8 +168,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: floa
 
 
 def uses_triton(q: Tensor, v: Tensor) -> bool:
-    """Return whether the Triton kernels compute this: on CUDA, in 32 bits or fewer, with heads of at most 256."""
-    return q.is_cuda and q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256
+    """Return whether the Triton kernels compute this, and not plain PyTorch.
+
+    They do on CUDA from compute capability 8, in float32 and narrower, for heads that fit into registers: up to 256 in 16 bits; in
+    float32 up to 128 on Hopper and data-centre Blackwell, up to 64 elsewhere.
+    """
+    if not q.is_cuda or q.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return False
+    major = torch.cuda.get_device_capability(q.device)[0]
+    longest = 256 if q.element_size() == 2 else 128 if major in LARGE_GPUS else 64
+    return major >= 8 and max(q.shape[-1], v.shape[-1]) <= longest
+
+
+LARGE_GPUS = (9, 10)
+"""Major compute capabilities with 228 KB of shared memory, whose tensor cores read it: Hopper and data-centre Blackwell."""
 
 
 _NO_SECOND = (
@@ -281,12 +296,16 @@ class _Tiles:
 
     def rows(self) -> Iterator[slice]:
         """Return the blocks of rows."""
-        return _blocks(self.q.shape[-2])
+        return self._blocks(self.q.shape[-2])
 
     def keys(self, rows: slice) -> Iterator[slice]:
         """Return the blocks of keys that some of these rows see."""
         length = self.k.shape[-2]
-        return _blocks(min(length, rows.stop) if self.options.causal else length)
+        return self._blocks(min(length, rows.stop) if self.options.causal else length)
+
+    def _blocks(self, length: int) -> Iterator[slice]:
+        size = block_size(self.q.device)
+        return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
     def take(self, tensor: Tensor, block: slice) -> Tensor:
         """Return a block of a tensor (..., L, D), wide."""
@@ -444,8 +463,3 @@ def _mean(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _finite(lse: Tensor) -> Tensor:
     """Return L with +inf where all keys are masked, so that e^(S - L) is 0 there."""
     return lse.masked_fill(lse.isneginf(), math.inf)
-
-
-def _blocks(length: int) -> Iterator[slice]:
-    for start in range(0, length, BLOCK):
-        yield slice(start, min(start + BLOCK, length))

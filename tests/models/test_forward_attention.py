@@ -9,66 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import F64, draw, gradients_of, halves, mask_of, math_attention, pair, relative
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.memory import LiveBytes
 from diffdistill.models import forward_attention
 from diffdistill.models.forward_attention import ForwardModeAttention, attention
 
-F64 = torch.float64
-
-
-def draw(batch: int, heads: int, rows: int, keys: int, size: int, key_heads: int | None = None, value_size: int | None = None):
-    """Return q, k, v and their tangents, float64, with values that float32 has."""
-    generator = torch.Generator().manual_seed(rows + keys + size)
-    key_heads = key_heads or heads
-    shapes = [(batch, heads, rows, size), (batch, key_heads, keys, size), (batch, key_heads, keys, value_size or size)]
-    return tuple(torch.randn(shape, generator=generator).to(F64) for shape in shapes * 2)
-
-
-def mask_of(kind: str, rows: int, keys: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    if kind == "bool":
-        mask = torch.rand(2, 1, rows, keys, generator=generator) > 0.3
-        mask[:, :, 3] = False  # a row that sees nothing
-        return {"attn_mask": mask}
-    if kind == "text":  # which tokens of a prompt there are, as diffusers hands it on
-        return {"attn_mask": torch.where(torch.arange(keys) < keys - 4, 0.0, -10000.0).expand(2, 1, 1, keys)}
-    if kind == "bias":
-        bias = torch.randn(4, rows, keys, generator=generator)
-        return {"attn_mask": bias.masked_fill(bias > 1, -math.inf)}
-    return {"is_causal": True} if kind == "causal" else {}
-
-
-def math_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    mask = options.get("attn_mask")
-    if mask is not None and mask.is_floating_point():
-        options = options | {"attn_mask": mask.to(q.dtype)}
-    with sdpa_kernel(SDPBackend.MATH):
-        return functional.scaled_dot_product_attention(q, k, v, **options)
-
-
-def pair(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return torch.func.jvp(function, primals, tangents)
-
-
-def gradients_of(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], do: Tensor) -> tuple[Tensor, ...]:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    return torch.autograd.grad(function(*leaves), leaves, do)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.to(F64) - expected.to(F64)).norm() / expected.to(F64).norm())
-
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_attention, "BLOCK", 16)
+    monkeypatch.setattr(forward_attention, "block_size", lambda device: 16)
 
 
 SHAPES = {
@@ -147,7 +101,7 @@ def test_a_common_motion_of_the_keys_costs_no_digits():
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("moving", ["q", "k", "v", "qk", "qv", "kv"])
 def test_what_has_no_tangent_stands_still(moving: str):
-    primals, tangents = (dict(zip("qkv", tensors, strict=True)) for tensors in _halves(draw(2, 4, 37, 21, 8)))
+    primals, tangents = (dict(zip("qkv", tensors, strict=True)) for tensors in halves(draw(2, 4, 37, 21, 8)))
 
     def along(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         def moved(*inputs: Tensor) -> Tensor:
@@ -157,10 +111,6 @@ def test_what_has_no_tangent_stands_still(moving: str):
 
     for actual, expected in zip(along(attention), along(math_attention), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
-
-
-def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return tensors[:3], tensors[3:]
 
 
 class Operations(TorchDispatchMode):
@@ -178,7 +128,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(("moving", "products"), [("", 2), ("q", 4), ("v", 3), ("qkv", 6)])
 def test_one_pass_with_one_exponential_and_no_product_too_many(moving: str, products: int):
     """Self-attention has six products, cross-attention to fixed text four; the exponentials of values and tangents are the same."""
-    primals, tangents = _halves(draw(1, 2, 20, 20, 8))
+    primals, tangents = halves(draw(1, 2, 20, 20, 8))
     with Operations() as operations, torch.no_grad(), forward_ad.dual_level():
         duals = [
             forward_ad.make_dual(primal, tangent) if name in moving else primal
@@ -191,21 +141,21 @@ def test_one_pass_with_one_exponential_and_no_product_too_many(moving: str, prod
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_tangents_are_seen_in_every_mode(mode: Callable[[], Any]):
-    primals, tangents = _halves(draw(1, 2, 11, 13, 8))
+    primals, tangents = halves(draw(1, 2, 11, 13, 8))
     with mode():
         actual = torch.func.jvp(attention, primals, tangents)
     torch.testing.assert_close(actual, pair(math_attention, primals, tangents), rtol=0, atol=1e-13)
 
 
 def test_tangents_of_dual_numbers_are_seen():
-    primals, tangents = _halves(draw(1, 2, 11, 13, 8))
+    primals, tangents = halves(draw(1, 2, 11, 13, 8))
     with forward_ad.dual_level():
         actual = forward_ad.unpack_dual(attention(*map(forward_ad.make_dual, primals, tangents)))
     torch.testing.assert_close(tuple(actual), pair(math_attention, primals, tangents), rtol=0, atol=1e-13)
 
 
 def test_a_zero_tangent_moves_nothing():
-    primals, _ = _halves(draw(1, 2, 11, 13, 8))
+    primals, _ = halves(draw(1, 2, 11, 13, 8))
     assert not pair(attention, primals, tuple(map(torch.zeros_like, primals)))[1].any()
     assert not pair(attention, primals, tuple(torch._efficientzerotensor(primal.shape, dtype=F64) for primal in primals))[
         1
@@ -220,7 +170,7 @@ def test_gradcheck_forward_and_reverse():
 
 @pytest.mark.usefixtures("small_blocks")
 def test_the_gradient_through_the_value_of_a_pair_is_the_ordinary_one():
-    primals, tangents = _halves(draw(1, 2, 20, 21, 8))
+    primals, tangents = halves(draw(1, 2, 20, 21, 8))
     do = torch.randn(1, 2, 20, 8, dtype=F64, generator=torch.Generator().manual_seed(2))
     through_pair = gradients_of(lambda *inputs: torch.func.jvp(attention, inputs, tangents)[0], primals, do)
     for actual, expected in zip(through_pair, gradients_of(math_attention, primals, do), strict=True):
@@ -231,7 +181,7 @@ def test_the_gradient_through_the_value_of_a_pair_is_the_ordinary_one():
 @pytest.mark.parametrize("kind", ["none", "bool", "causal"])
 def test_tangents_hidden_by_another_transform_follow_the_rule_in_two_passes(kind: str):
     """The value handed out by `func.vjp` within a `func.jvp`: the call sees no tangent, the autograd function's rule does."""
-    primals, tangents = _halves(draw(2, 4, 37, 37, 8))
+    primals, tangents = halves(draw(2, 4, 37, 37, 8))
     options = mask_of(kind, 37, 37)
 
     def hidden(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -248,7 +198,7 @@ def test_tangents_hidden_by_another_transform_follow_the_rule_in_two_passes(kind
 
 
 def test_second_derivatives_fail_and_are_not_silently_zero():
-    primals, tangents = _halves(draw(1, 1, 5, 5, 4))
+    primals, tangents = halves(draw(1, 1, 5, 5, 4))
 
     def total(q: Tensor) -> Tensor:
         return attention(q, *primals[1:]).square().sum()
@@ -264,7 +214,7 @@ def test_second_derivatives_fail_and_are_not_silently_zero():
 
 
 def test_rows_that_see_nothing_give_nothing():
-    primals, tangents = _halves(draw(1, 2, 6, 7, 4))
+    primals, tangents = halves(draw(1, 2, 6, 7, 4))
     mask = torch.ones(6, 7, dtype=torch.bool)
     mask[2] = False
     for options in ({"attn_mask": mask}, {"attn_mask": torch.zeros(6, 7).masked_fill(~mask, -math.inf)}):
@@ -285,7 +235,7 @@ def test_autocast_has_inputs_rounded_and_arithmetic_wide():
 
 def peak(function: Callable[..., Any], length: int, backward: bool = False) -> int:
     """Return the bytes alive at once beyond the inputs."""
-    primals, tangents = _halves(draw(1, 1, length, length, 16))
+    primals, tangents = halves(draw(1, 1, length, length, 16))
     with LiveBytes() as live:
         if backward:
             gradients_of(function, primals, torch.ones_like(primals[0]))
@@ -296,7 +246,7 @@ def peak(function: Callable[..., Any], length: int, backward: bool = False) -> i
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch, backward: bool):
-    monkeypatch.setattr(forward_attention, "BLOCK", 128)
+    monkeypatch.setattr(forward_attention, "block_size", lambda device: 128)
     short, long = (peak(attention, length, backward) for length in (512, 1024))
     assert long < 2 * short
     if not backward:  # the inside of math attention's own backward is not seen
@@ -304,7 +254,7 @@ def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch, backwar
 
 
 def test_the_context_puts_it_in_place_of_sdpa_and_nothing_else():
-    primals, tangents = _halves(draw(1, 2, 11, 13, 8))
+    primals, tangents = halves(draw(1, 2, 11, 13, 8))
 
     def network(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q.sin(), k, v, attn_mask=None, dropout_p=0.0, is_causal=False)
