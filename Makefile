@@ -48,8 +48,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-bench: install  ## cost of a training step over the passes it must do, into docs/performance.md
-	$(BIN)/python eval/step_cost.py
+bench: install  ## steps, sampling, starts and overhead over what they must cost, into docs/performance.md (an hour on one thread)
+	OMP_NUM_THREADS=1 $(BIN)/diffdistill bench --output eval/results
+	mv eval/results/performance.md docs/performance.md
+
+bench-check: install  ## whether they got worse than eval/results/bench.json says
+	OMP_NUM_THREADS=1 $(BIN)/diffdistill bench --check
 
 study: install  ## quality of every method on digits and shapes (hours on two cores; goes on where it was), into docs/results.md and docs/shapes.md
 	$(BIN)/python eval/study.py

@@ -529,7 +529,7 @@ def bench(
 
     _folder(output)
     kept = results.read_kept(results.COMMITTED if against is None else against) if check else {}
-    found = run(parts, teachers, methods, layouts, batch, seconds, _command_line(), lambda text: print(text, file=sys.stderr))
+    found = run(parts, teachers, methods, layouts, batch, seconds, lambda text: print(text, file=sys.stderr, flush=True))
     if output is not None:
         from diffdistill.files import write_atomic
 

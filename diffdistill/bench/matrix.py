@@ -45,10 +45,10 @@ class Model(NamedTuple):
 
 
 MODELS: Mapping[str, Model] = {
-    "digits-unet": Model(128, "digits"),
-    "digits-dit": Model(128, "digits"),
-    "shapes-sd": Model(32, "shapes"),
-    "shapes-pixart": Model(32, "shapes"),
+    "digits-unet": Model(64, "digits"),
+    "digits-dit": Model(64, "digits"),
+    "shapes-sd": Model(8, "shapes"),
+    "shapes-pixart": Model(8, "shapes"),
     "sd15": Model(
         8,
         "shapes",

@@ -5,20 +5,29 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from diffdistill.bench.results import OverheadRow
 from diffdistill.bench.timing import wall_time
 from diffdistill.config import RunConfig, parse_config
-from diffdistill.training.engine import Engine
+from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.run import _Run, train
 
 RUN_STEPS = 1000
 EVENTS = 2  # of each kind in the run that is measured; the first makes what is kept
 STEPS_BETWEEN = 10
-PARTS = {"_log": "log", "_save": "checkpoint", "_show_samples": "sample grid", "_validate": "validation", "_check": "guard"}
+PARTS = (
+    (Engine, "step", "step"),
+    (Guard, "check", "guard"),
+    (_Run, "_log", "log"),
+    (_Run, "_save", "checkpoint"),
+    (_Run, "_show_samples", "sample grid"),
+    (_Run, "_validate", "validation"),
+)
+"""Where each part is done, and what it is called."""
 
 
 def measure_overhead(folder: Path) -> Iterator[OverheadRow]:
@@ -28,8 +37,7 @@ def measure_overhead(folder: Path) -> Iterator[OverheadRow]:
     a checkpoint waits for the disk; on a GPU the step that ends in a reading of the guard waits for the device.
     """
     config = _config(folder)
-    times: dict[str, list[float]] = defaultdict(list)
-    with _timed(Engine, {"step": "step"}, times), _timed(_Run, PARTS, times):
+    with _timed() as times:
         train(config, progress=False)
     step = sum(times["step"][1:]) / (len(times["step"]) - 1)
     due = _due(config)
@@ -75,16 +83,13 @@ def _over_a_run(times: list[float], num: int) -> float:
 
 
 @contextlib.contextmanager
-def _timed(owner: Any, methods: Mapping[str, str], times: dict[str, list[float]]) -> Iterator[None]:
-    """Write down under a name how long every call of a method took."""
-    originals = {method: getattr(owner, method) for method in methods}
-    for method, name in methods.items():
-        setattr(owner, method, _observed(originals[method], times[name]))
-    try:
-        yield
-    finally:
-        for method, original in originals.items():
-            setattr(owner, method, original)
+def _timed() -> Iterator[dict[str, list[float]]]:
+    """Write down how long each part took, each time that it was done."""
+    times: dict[str, list[float]] = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        for owner, method, name in PARTS:
+            stack.enter_context(mock.patch.object(owner, method, _observed(getattr(owner, method), times[name])))
+        yield times
 
 
 def _observed(function: Callable[..., Any], times: list[float]) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ def _section(found: Results) -> str:
     if found.overhead:
         parts += [
             "### Beside the steps",
-            "Digits UNet, DMD2, batch 128: time of each event in a run of 1,000 steps at the default settings, validation switched on at its "
+            "Digits UNet, DMD2, batch 128: time on the wall of each event in a run of 1,000 steps at the default settings, validation switched on at its "
             f"defaults. What is made once counts in full. Aim: under {100 * MAX_OVERHEAD:g} %.",
             overhead_table(found.overhead),
         ]

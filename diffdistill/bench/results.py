@@ -141,7 +141,11 @@ class Refused(_Row):
 
 
 class Results(_Row):
-    """All tables of one machine."""
+    """All tables of one machine.
+
+    Attributes:
+        command: what measures them all, with the settings that decide the numbers.
+    """
 
     machine: Machine
     command: str

@@ -30,7 +30,6 @@ def bench(
     layouts: Sequence[str] = (),
     batch: int | None = None,
     seconds: float = 10.0,
-    command: str = "diffdistill bench",
     say: Say = lambda text: None,
 ) -> Results:
     """Measure what is asked for and return the tables.
@@ -39,7 +38,6 @@ def bench(
         parts: of PARTS; all when empty. Starts and overhead are those of the digits, whatever the teachers.
         teachers, methods, layouts, batch: as for `matrix.cells`; the embedded teachers when empty, on a GPU Stable Diffusion 1.5's network.
         seconds: for the timed rounds of each row.
-        command: how this was asked for, for the record.
         say: told of each row.
     Raises:
         UserError: a name that is not known, or nothing that can be measured.
@@ -64,7 +62,7 @@ def bench(
             )
         return Results(
             machine=machine(device),
-            command=command,
+            command=f"diffdistill bench --seconds {seconds:g}" + (f" --batch {batch}" if batch else ""),
             steps=tuple(steps),
             samples=tuple(samples),
             starts=tuple(starts),

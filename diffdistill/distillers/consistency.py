@@ -12,7 +12,9 @@ teacher and moves along the data's own noise, which is an Euler step with x0 as 
     loss = weight(t, r) dist( f_student(x_t, t), sg f_target(x_r, r) )
     target <- mu target + (1 - mu) student                or the student itself
 
-In memory: the student with its optimiser, the frozen teacher (distillation), the frozen target (with an EMA).
+In memory: the student with its optimiser, the frozen teacher (distillation), the frozen target (with an EMA). A step costs the
+teacher's solver (`solver_steps` passes, twice as many with heun, and again with guidance; none in training), the target's pass, by the
+student where there is no average, and the student's with gradient.
 
 Recipes: CD is mode distillation, solver heun, ema_decay 0.95 on a Karras grid of 40 points. CT is mode training,
 curriculum ct, ema_decay 0.9. iCT is mode training, curriculum ict, distance huber_vector, weighting inverse_gap, noise_law

@@ -11,7 +11,9 @@ holds the student to the teacher's modes.
     L_student = 0.5 mean (x_g - sg(x_g - g))^2 + 0.25 LPIPS(D_student(z_ref), y_ref)           Algorithm 1
     L_fake    = |D_fake(x_t') - sg(x_g)|^2 in the network's own output type                    Eq. 6
 
-In memory: student and fake with their optimisers, the frozen teacher, and the LPIPS network where it is used.
+In memory: student and fake with their optimisers, the frozen teacher, and the LPIPS network where it is used. A step costs the
+student's pass with gradient, a second one for the regression, the teacher's (two with guidance, as one batch), the fake's (in the same
+batch where `roles.one_batch_up_to` says so), and its update.
 
 Departures from the paper:
 - The regression defaults to l2 on the student's clean states, since LPIPS is not defined on latents and its weights do not

@@ -16,6 +16,8 @@ images may be added (Sec. 4.3).
 In memory: student and fake with their optimisers, the frozen teacher, and a small head with the adversarial loss. One
 student step costs k simulated student passes, one with gradient, the teacher's (two with guidance, as one batch), the
 fake's (in the same batch where `roles.one_batch_up_to` says so), and the fake's update; the other steps only rollout and fake update.
+The adversarial loss adds, up to the tap, one pass of the network whose features are read to the student's turn, with gradient into its
+inputs, and one of twice the batch to the fake's, without gradient where the teacher's are read.
 
 Departures from the paper and its code:
 - The paper's factor alpha in the gradient is absent, as in the authors' code; `dmd` has it.

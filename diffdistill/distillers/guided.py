@@ -9,7 +9,8 @@ on the teacher's own network this is LoRA-enhanced distillation, arXiv:2312.0689
     loss = omega(t) mean (D_student(x_t, t, c[, w]) - sg D_w)^2     omega = max(SNR, 1), SNR + 1 or 1
          or mean (F_student - sg F_w)^2                             F the network's own output, eps in arXiv:2312.06899
 
-In memory: the student with its optimiser and the frozen teacher, or one network with an adapter.
+In memory: the student with its optimiser and the frozen teacher, or one network with an adapter. A step costs the teacher's two
+passes, as one batch, and the student's with gradient.
 
 Departures from the papers:
 - w counts from 1; the paper's range [0, 4] is [1, 5] here.

@@ -12,7 +12,8 @@ takes w as an input or learns the average over w.
     target <- mu target + (1 - mu) student                                 or the student itself
 
 In memory: the student with its optimiser, the frozen teacher, the frozen target (with an EMA); with the roles as adapters
-of one network only that network (LCM-LoRA).
+of one network only that network (LCM-LoRA). A step costs the teacher's pass (two with guidance, as one batch), the target's, by the
+student where there is no average, and the student's with gradient.
 
 Departures from the papers and diffusers' training scripts:
 - w counts from 1; the paper's range [2, 14] is [3, 15] here, the scripts' [5, 15] is [6, 16].

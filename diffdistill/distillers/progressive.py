@@ -11,7 +11,8 @@ of the teacher is kept.
     target = invDDIM_{u->u''}(x_u'', x_u)
     loss  = max(SNR_u, 1) mean (target - D_student(x_u, u))^2          Algorithm 2
 
-In memory: the student with its optimiser, and `source`, the frozen teacher of the stage.
+In memory: the student with its optimiser, and `source`, the frozen teacher of the stage. A step costs two passes of the source,
+each two with guidance, as one batch, and the student's with gradient.
 
 Departures from the paper and its code:
 - Times are the schedule's own on its trailing grid, not a cosine log-SNR clipped to [-20, 20]; any teacher is accepted.

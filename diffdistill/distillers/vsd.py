@@ -21,7 +21,8 @@ diff_instruct, time_law: lognormal, student_time_range: [0, 1], fake_loss: edm`.
 `fake_loss: alpha_epsilon` and `guided_fake: {}`.
 
 In memory: student and fake with their optimisers and the frozen teacher; one network and two adapters in layout `shared`.
-A step costs the student's pass with gradient, the teacher's (two with guidance, as one batch), the fake's and its update.
+A step costs the student's pass with gradient, the teacher's (two with guidance, as one batch), the fake's (in the same batch where
+`roles.one_batch_up_to` says so) and its update.
 
 Departures from the papers and their code:
 - Times are continuous, not integers, and x_0 is read with the schedule's own alpha at t_max, where SwiftBrush writes

@@ -1,0 +1,43 @@
+"""Ratios of times taken in turns, in closed form."""
+
+import pytest
+
+from diffdistill.bench.timing import paired_ratio
+
+
+def test_a_fixed_factor_is_found_whatever_the_machine_did_meanwhile():
+    floors = [1.0, 7.0, 0.2, 3.0, 90.0]
+    found = paired_ratio([1.25 * floor for floor in floors], floors)
+    assert found == pytest.approx((1.25, 1.25, 1.25), rel=1e-12)
+
+
+def test_the_median_is_of_the_ratios_and_not_the_ratio_of_medians():
+    assert paired_ratio([1.0, 20.0, 300.0], [1.0, 10.0, 100.0]).median == 2.0
+    assert paired_ratio([300.0, 20.0, 1.0], [1.0, 10.0, 100.0]).median == 2.0
+    assert paired_ratio([4.0, 5.0, 6.0], [2.0, 1.0, 6.0]).median == 2.0  # of medians: 5 / 2
+
+
+def test_the_first_series_is_above_the_line():
+    assert paired_ratio([2.0], [1.0]).median == 2.0
+
+
+def test_the_interval_holds_the_median_and_narrows_with_more_pairs():
+    few = [1.0 + 0.1 * (k % 5) for k in range(5)]
+    many = few * 20
+    wide, narrow = (paired_ratio(times, [1.0] * len(times)) for times in (few, many))
+    assert wide.low <= wide.median == pytest.approx(1.2) == narrow.median <= wide.high
+    assert narrow.high - narrow.low < wide.high - wide.low
+
+
+def test_the_interval_covers_the_true_median_nineteen_times_in_twenty():
+    import torch
+
+    draws = 1 + 0.1 * torch.randn(200, 25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = sum(found.low <= 1 <= found.high for found in (paired_ratio(row, [1.0] * 25) for row in draws.tolist()))
+    assert 0.90 <= held / 200 <= 0.99
+
+
+@pytest.mark.parametrize(("times", "others"), [([], []), ([1.0], [1.0, 2.0])])
+def test_series_that_are_no_pairs_are_refused(times, others):
+    with pytest.raises(ValueError, match="as many times as others"):
+        paired_ratio(times, others)
