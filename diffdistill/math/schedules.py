@@ -129,6 +129,11 @@ class VPSchedule(Schedule):
         """Return sqrt(1 - abar(t)), without cancellation near the clean end."""
         return (-torch.expm1(self._log_alpha_bar(t))).sqrt()
 
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Return (alpha(t), sigma(t)), from one look into the table: every network call asks for both."""
+        log_abar = self._log_alpha_bar(t)
+        return Coefficients((0.5 * log_abar).exp(), (-torch.expm1(log_abar)).sqrt())
+
     def alpha_dot(self, t: Tensor) -> Tensor:
         """Return alpha * (d log abar / d t) / 2; piecewise, the right derivative at an integer."""
         return 0.5 * self._knots(t)[2] * self.alpha(t)
