@@ -62,7 +62,7 @@ def compare(action: Callable[[], object], session: Session, clock: Clock, second
         for _ in range(per_round):
             with recorded(session.roles) as calls:
                 time += clock(action)
-            with session.arithmetic():
+            with session.engine.autocast():
                 floor += sum(bare(call, session.roles, clock) for call in calls)
             calls_of_round += calls
         found.times.append(time)

@@ -2,7 +2,7 @@
 
 A pass is one call of a network, and what its backward pass is for. Backward into the inputs through a frozen network costs less
 than backward into its weights, so they are told apart by what required gradient when the network was called. The bare pass calls the
-network itself: role, extra inputs and taps are set before the clock starts.
+network itself: role, attention kernel, extra inputs and taps are set before the clock starts.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _network(denoiser: FamilyDenoiser, x_t: Tensor, t: Tensor, cond: Condition, 
     """Give the network of a denoiser, in its role; left after a tap, where there is one."""
     x, time = denoiser.network_inputs(x_t, t)
     stop = stopping_at(denoiser, tap) if tap else contextlib.nullcontext()
-    with denoiser.role(), feeding(denoiser.network, cond), stop:
+    with denoiser.role(), denoiser.attention.using(), feeding(denoiser.network, cond), stop:
         yield partial(_ask, denoiser, time, cond), x
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from diffdistill.device import usual_device
 from diffdistill.models.loading import Teacher
 from diffdistill.models.roles import Roles
 from diffdistill.training.building import open_stage, open_teacher
-from diffdistill.training.engine import Engine, without_cudnn_attention
+from diffdistill.training.engine import Engine
 
 BATCHES = 16  # in the data, as about that many are in the digits
 CONDITIONS = 20  # different ones in the data; more would be more of the same
@@ -91,12 +89,6 @@ class Session:
     def cycle_steps(self) -> int:
         """Steps of a cycle."""
         return getattr(self.config.stages[0].method, "student_every", 1)
-
-    @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """Compute as a step does: in its precision, with its attention kernels."""
-        with self.engine.autocast(), without_cudnn_attention():
-            yield
 
 
 def open_session(cell: Cell) -> Session:

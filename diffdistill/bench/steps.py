@@ -68,7 +68,7 @@ def footprint(session: Session) -> dict[str, float | None]:
 def _student_pass(calls: list[Call], session: Session) -> None:
     """Do one pass of the student forward and backward, as plain training would."""
     own = next(call for call in calls if call.what.role == "student" and call.what.kind == "weights")
-    with session.arithmetic():
+    with session.engine.autocast():
         bare(own, session.roles, _untimed)
 
 
