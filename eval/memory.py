@@ -10,6 +10,7 @@ Networks have the published configurations and no trained weights: only shapes c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -27,19 +28,22 @@ import torch
 from diffdistill import recipes
 from diffdistill.bench.published import MODELS, SCHEDULE, Published, flux, sd15, sdxl, teacher_of
 from diffdistill.config import RunConfig, load_config
-from diffdistill.distillers.base import Batch
+from diffdistill.distillers.base import Batch, Loss, Rng, Turn
+from diffdistill.distillers.states import noised
 from diffdistill.files import write_atomic, write_json
-from diffdistill.memory import MemoryPlan, MemoryRow, memory_rows, total
+from diffdistill.math.prediction import from_x0
+from diffdistill.memory import MemoryPlan, MemoryRow, TurnMemory, memory_rows, total
 from diffdistill.models.adapters import LoraSpec
+from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.families import FAMILIES
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.roles import Layout, Roles, build_roles
-from diffdistill.models.weightless import on_meta
+from diffdistill.models.weightless import as_fakes, on_meta
 from diffdistill.training.building import build_accelerator, build_distiller, build_run_roles
 from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer
-from diffdistill.training.planning import plan_memory
+from diffdistill.training.planning import empty_batch, plan_memory, turn_activations
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +99,55 @@ def recipe_plan(
     assert config.teacher_options.dtype == "bf16"
     teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)
     return plan_memory(config, "cuda", teacher, activations)
+
+
+# Plain fine-tuning
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Plain fine-tuning of a role: the squared error of what its network emits at a random time."""
+
+    student: Denoiser
+    name = "fine-tuning"
+
+    def turns(self, step: int) -> tuple[Turn, ...]:
+        """Return the one turn."""
+        return (Turn("student", ("student",)),)
+
+    def loss(self, turn: Turn, batch: Batch, rng: Rng, step: int) -> Loss:
+        """Return the loss."""
+        assert batch.x0 is not None
+        state = noised(batch.x0, self.student.schedule, rng)
+        prediction = self.student(state.x_t, state.t, batch.cond)
+        target = from_x0(prediction.kind, batch.x0, state.x_t, prediction.alpha, prediction.sigma)
+        return Loss((prediction.raw.float() - target.float()).square().mean(), {}, {})
+
+
+def finetuning_plan(config: RunConfig, device_type: str, teacher: Teacher, fakes: bool = True) -> MemoryPlan:
+    """Return the plan of plain LoRA fine-tuning with a run's settings: one adapter of the backbone, its optimiser and average.
+
+    Args:
+        config: its last stage's optimiser of the student is taken; the layout must be shared.
+        teacher: on the meta device, or, without `fakes`, on the CPU, where its step is really taken; changed in place.
+    """
+    with torch.device("meta") if fakes else contextlib.nullcontext():
+        roles = build_roles(teacher.denoiser, ("student",), "shared", config.roles.lora)
+    if config.roles.activation_checkpointing:
+        roles.enable_activation_checkpointing()
+    rows = memory_rows(roles, {"student": config.stages[-1].optimizer("student")}, averaged=config.ema is not None)
+    trying = as_fakes(roles, roles.networks.values()) if fakes else roles
+    batch = empty_batch(teacher, config.micro_batch_size or config.batch_size, images=True)
+    found = turn_activations(config, device_type, trying, Denoising(trying["student"]), 0, batch)
+    return MemoryPlan(0, tuple(rows), (TurnMemory("student", ("student",), rows[1].gradient_bytes, found["student"]),))
+
+
+def against_finetuning(name: str, plan: MemoryPlan) -> str:
+    """Return a recipe's row of the table of plain fine-tuning."""
+    model = model_of(name)
+    teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)
+    plain = finetuning_plan(load_config(recipes.recipe_path(name)), "cuda", teacher).peak.bytes
+    return f"| {name} | {plain / GIB:.2f} GiB | {plan.peak.bytes / GIB:.2f} GiB | {plan.peak.bytes / plain:.3f} |"
 
 
 def header(plan: MemoryPlan) -> str:

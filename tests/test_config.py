@@ -229,6 +229,12 @@ def test_a_list_of_wrong_elements_is_one_mistake(write):
         (DMD2, ["roles={}", "teacher_options.quantize=int8"], "teacher_options.quantize", "adapters of one network"),
         (DMD2, ["roles={layout: copies, lora: {rank: 2}}", "teacher_options.quantize=nf4"], "teacher_options.quantize", "null"),
         (DMD2, ["roles={one_batch_up_to: 4}"], "roles.one_batch_up_to", "has no effect in layout copies"),
+        (
+            DMD2,
+            ["roles={rows_at_once: 4}"],
+            "roles.rows_at_once",
+            "has no effect but in distribution matching in layout shared",
+        ),
         (PROGRESSIVE, ["batch_size=10", "micro_batch_size=4"], "micro_batch_size", "Set it to 2"),
         (PROGRESSIVE, ["micro_batch_size=256"], "micro_batch_size", "Set it to 128"),
         (PROGRESSIVE, ["stages.0.optimizers.fake={}"], "stages.0.optimizers.fake", "trains no role 'fake'"),

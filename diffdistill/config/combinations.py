@@ -38,6 +38,11 @@ def _batch_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def matches_in_shared_layout(config: RunConfig) -> bool:
+    """Return whether a stage asks teacher and fake as roles of one network."""
+    return config.roles.layout == "shared" and any("fake" in stage.needs.trained for stage in config.stages)
+
+
 def _roles_problems(config: RunConfig) -> Iterator[Problem]:
     layout, lora = config.roles.layout, config.roles.lora
     own_adapters = any(stage.needs.guidance_adapters is not None for stage in config.stages)
@@ -51,6 +56,12 @@ def _roles_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "roles.one_batch_up_to",
             "has no effect in layout copies, whose roles are networks of their own. Leave it out, or set roles.layout: shared.",
+        )
+    if config.roles.rows_at_once is not None and not matches_in_shared_layout(config):
+        yield Problem(
+            "roles.rows_at_once",
+            "has no effect but in distribution matching in layout shared, which asks teacher and fake network beside the student's "
+            "graph. Leave it out.",
         )
     if config.teacher_options.quantize is not None and (layout != "shared" or lora is None):
         yield Problem(

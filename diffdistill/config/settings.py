@@ -169,6 +169,12 @@ class RolesConfig(_Frozen):
         description="shared layout: largest micro-batch for which distribution matching asks teacher and fake network as one batch, "
         "in place of two; faster for small ones (docs/one_batch.md), equal up to rounding; 0 for never",
     )
+    rows_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="shared layout: most rows of a pass in which distribution matching asks teacher (two rows a sample under guidance) and fake network "
+        "beside the student's graph; fewer need less memory; null for all at once",
+    )
     activation_checkpointing: bool = Field(
         False,
         description="computes activations anew in the backward pass instead of keeping them: less memory, one more pass of what is "

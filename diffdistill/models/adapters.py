@@ -252,11 +252,13 @@ class InRole:
     Attributes:
         network, adapter: as in `role_context`.
         one_batch_up_to: most samples that may be asked in one batch with those of another role; 0 for never.
+        rows_at_once: most rows of a pass without gradient; None for any number.
     """
 
     network: nn.Module
     adapter: str | None
     one_batch_up_to: int = 0
+    rows_at_once: int | None = None
 
     def __call__(self) -> AbstractContextManager[None]:
         """Return the context."""

@@ -216,6 +216,7 @@ def build_roles(
     extra_inputs: Sequence[str] = (),
     guidance_adapters: GuidanceAdapterSpec | None = None,
     one_batch_up_to: int = 0,
+    rows_at_once: int | None = None,
 ) -> Roles:
     """Build the roles of a run. All start equal to the template; all require gradient until the first `train_only`.
 
@@ -229,6 +230,7 @@ def build_roles(
         extra_inputs: further inputs of the roles' networks, see `extras`; the teacher has none.
         guidance_adapters: trained in place of whole networks or LoRA, see `guidance_adapters`; the teacher's are muted.
         one_batch_up_to: most samples for which roles of one network, the teacher too, may be asked as one batch, see `together`.
+        rows_at_once: most rows of a pass that asks two of them without gradient, see `together`; None for any number.
     Raises:
         UserError: the layout asks for what is not there (shared without lora, a network that holds adapters already, LoRA
             targets that match nothing, a teacher without network and no template).
@@ -281,9 +283,9 @@ def build_roles(
         assert lora is not None
         network.eval()
         inject_adapters(network, names, lora, presets)
-        teacher = source.with_role(InRole(network, None, one_batch_up_to))
+        teacher = source.with_role(InRole(network, None, one_batch_up_to, rows_at_once))
         for name in names:
-            denoisers[name] = source.with_role(InRole(network, name, one_batch_up_to))
+            denoisers[name] = source.with_role(InRole(network, name, one_batch_up_to, rows_at_once))
             trained[name] = adapter_parameters(network, name)
     else:
         for name in names:

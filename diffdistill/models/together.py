@@ -25,7 +25,8 @@ def predict_both(first: Denoiser, second: Denoiser, x_t: Tensor, t: Tensor, cond
     """Return first(x_t, t, cond) and second(x_t, t, cond), without graph; from one pass where that is allowed and possible.
 
     It is where they, or the denoisers they guide, are roles of one network built with `one_batch_up_to` at least B, and each
-    layer with adapters has one row per sample. The numbers are those of two passes up to rounding.
+    layer with adapters has one row per sample. The numbers are those of two passes up to rounding. No pass has more rows than
+    the roles' `rows_at_once`, since its activations lie beside whatever graph is alive.
 
     Args:
         first, second: two denoisers, each guided or not.
@@ -36,7 +37,7 @@ def predict_both(first: Denoiser, second: Denoiser, x_t: Tensor, t: Tensor, cond
     calls = [_call(denoiser, x_t, t, cond) for denoiser in (first, second)]
     said = _in_one_pass(calls, len(x_t))
     if said is None:
-        said = [call.denoiser(call.x_t, call.t, call.cond) for call in calls]
+        said = [_in_parts(call) for call in calls]
     one, other = (call.answer(prediction) for call, prediction in zip(calls, said, strict=True))
     return one, other
 
@@ -57,6 +58,20 @@ def _call(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition) -> _Call:
     return _Call(denoiser, x_t, t, cond, lambda prediction: prediction)
 
 
+def _in_parts(call: _Call) -> Prediction:
+    """Return what a denoiser says, asked about as many rows at a time as its role allows."""
+    role = call.denoiser.role if isinstance(call.denoiser, OfNetwork) else None
+    rows = role.rows_at_once if isinstance(role, InRole) else None
+    if rows is None or len(call.x_t) <= rows:
+        return call.denoiser(call.x_t, call.t, call.cond)
+    parts = [
+        call.denoiser(call.x_t[k : k + rows], call.t[k : k + rows], call.cond.select(slice(k, k + rows)))
+        for k in range(0, len(call.x_t), rows)
+    ]
+    columns = zip(*((part.raw, part.x_t, part.alpha, part.sigma) for part in parts), strict=True)
+    return Prediction(parts[0].kind, *map(torch.cat, columns))
+
+
 def _in_one_pass(calls: Sequence[_Call], num_samples: int) -> list[Prediction] | None:
     """Return what each is told, from one batch of all their rows; None where that is not allowed or not possible."""
     asked = [call.denoiser for call in calls if isinstance(call.denoiser, OfNetwork)]
@@ -67,6 +82,8 @@ def _in_one_pass(calls: Sequence[_Call], num_samples: int) -> list[Prediction] |
     if any(each.with_role(one.role) != one for each in asked):  # another network, or another schedule
         return None
     rows = [len(call.x_t) for call in calls]
+    if any(role.rows_at_once is not None and role.rows_at_once < sum(rows) for role in roles):
+        return None
     adapters = [(role.adapter, num) for role, num in zip(roles, rows, strict=True)]
     view = one.with_role(partial(rows_context, one.network, adapters))
     try:

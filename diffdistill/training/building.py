@@ -81,6 +81,7 @@ def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:
         extra_inputs=tuple(inputs),
         guidance_adapters=adapters,
         one_batch_up_to=config.roles.one_batch_up_to,
+        rows_at_once=config.roles.rows_at_once,
     )
     if config.roles.activation_checkpointing:
         roles.enable_activation_checkpointing()

@@ -1,12 +1,13 @@
 """`memory: auto`: the settings by which a run fits into memory, those that cost least speed first. Method and layout never change.
 
-Each of these is tried with all before it, from the third on with the largest micro-batch that then fits; what turns out needless
+Each of these is tried with all before it, from the fourth on with the largest micro-batch that then fits; what turns out needless
 is taken back, what costs most first.
 
     setting                            speed                      result
     nothing                            -                          -
     moments of 8 bits                  about the same             moments are rounded
     the average on the CPU             about the same             the same up to the rounding of its kernels
+    teacher and fake asked in parts    about the same             the same up to rounding
     smaller micro-batches              fewer samples at once      other random draws of the same distribution
     activation checkpointing           one more forward pass      the same
     optimisers on the CPU              the bus, once an update    the same up to the rounding of its kernels
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffdistill.config import RunConfig, with_overrides
+from diffdistill.config.combinations import matches_in_shared_layout
 from diffdistill.errors import UserError
 from diffdistill.memory import MemoryPlan, readable
 from diffdistill.models.quantize import PACKAGES
@@ -182,6 +184,16 @@ def average_on_cpu(config: RunConfig, device_type: str) -> Pick | None:
     return Pick(("ema.offload=true",), "the same up to the rounding of the CPU's kernels")
 
 
+def asked_in_parts(config: RunConfig, device_type: str) -> Pick | None:
+    """Return passes of half a micro-batch for teacher and fake network in distribution matching, which lie beside the student's graph."""
+    size = config.micro_batch_size or config.batch_size
+    if config.roles.rows_at_once is not None or not matches_in_shared_layout(config):
+        return None
+    return Pick(
+        (f"roles.rows_at_once={max(1, size // 2)}",), "the same up to rounding, in more passes of teacher and fake network"
+    )
+
+
 def checkpointing(config: RunConfig, device_type: str) -> Pick | None:
     """Return activation checkpointing."""
     if config.roles.activation_checkpointing:
@@ -217,7 +229,7 @@ def rounded_base(kind: str, config: RunConfig, device_type: str) -> Pick | None:
 
 
 Saver = Callable[[RunConfig, str], Pick | None]
-BEFORE_SMALLER: tuple[Saver, ...] = (eight_bit_moments, average_on_cpu)
+BEFORE_SMALLER: tuple[Saver, ...] = (eight_bit_moments, average_on_cpu, asked_in_parts)
 AFTER_SMALLER: tuple[Saver, ...] = (
     checkpointing,
     optimizers_on_cpu,
@@ -287,7 +299,7 @@ class _Planner:
             override
             for pick in picks
             for override in pick.overrides
-            if override.startswith(("roles.activation_checkpointing", "teacher_options.dtype"))
+            if override.startswith(("roles.", "teacher_options.dtype"))
         )
 
 

@@ -11,7 +11,7 @@ from diffdistill.config import RunConfig, with_overrides
 from diffdistill.errors import UserError
 from diffdistill.memory import MemoryPlan, readable
 from diffdistill.training.data_feed import micro_batch_size
-from diffdistill.training.memory_auto import AFTER_SMALLER, BEFORE_SMALLER, checkpointing
+from diffdistill.training.memory_auto import AFTER_SMALLER, BEFORE_SMALLER, asked_in_parts, checkpointing
 from diffdistill.training.planning import plan_memory
 
 SHOWN = 3  # settings named in the message
@@ -84,7 +84,7 @@ def _candidates(config: RunConfig, device_type: str) -> Iterator[_Candidate]:
         yield _Candidate((f"micro_batch_size={smaller}",), changes_activations=True)
     for saver in (*BEFORE_SMALLER, *AFTER_SMALLER):
         if (pick := saver(config, device_type)) is not None:
-            yield _Candidate(pick.overrides, changes_activations=saver is checkpointing)
+            yield _Candidate(pick.overrides, changes_activations=saver in (checkpointing, asked_in_parts))
     if config.precision == "fp32":
         yield _Candidate(("precision=bf16",), changes_activations=True)
     if lora is not None and roles.layout == "copies":

@@ -111,14 +111,33 @@ def _all_activations(config: RunConfig, device_type: str, teacher: Teacher, role
 
 def _activations(config: RunConfig, stage: StageConfig, device_type: str, teacher: Teacher, roles: Roles) -> dict[str, int]:
     """Return turn -> bytes of activations, of roles without weights."""
-    size = micro_batch_size(config.batch_size, config.micro_batch_size, num_processes=1)
-    accumulates = config.batch_size > size
     distiller = build_distiller(stage, roles)
-    step, turns = _busiest_step(stage, distiller)
-    batch = _batch(stage, teacher, size)
-    loaded = config.batch_size // size * nbytes(_tensors(batch))  # the whole step's lies on the device from its beginning
+    step, _ = _busiest_step(stage, distiller)
+    needs = stage.needs
+    batch = empty_batch(teacher, _size(config), needs.data == "images", needs.pairs, needs.trajectories is not None)
+    return turn_activations(config, device_type, roles, distiller, step, batch)
+
+
+def _size(config: RunConfig) -> int:
+    return micro_batch_size(config.batch_size, config.micro_batch_size, num_processes=1)
+
+
+def turn_activations(
+    config: RunConfig, device_type: str, roles: Roles, distiller: Distiller, step: int, batch: Batch
+) -> dict[str, int]:
+    """Return turn -> bytes of activations at a step of a method.
+
+    Args:
+        config: of the run; says how many micro-batches a step has, and the precision.
+        device_type: of the device whose autocast is followed.
+        roles: without weights, or with.
+        batch: a micro-batch.
+    """
+    num_micro_batches = config.batch_size // _size(config)
+    accumulates = num_micro_batches > 1
+    loaded = num_micro_batches * nbytes(_tensors(batch))  # the whole step's lies on the device from its beginning
     found = {}
-    for turn in turns:
+    for turn in distiller.turns(step):
         roles.train_only(turn.trains)
         trained = [parameter for role in turn.trains for parameter in roles.parameters(role)]
         for parameter in trained:  # from the second micro-batch on, the gradients of the first are there
@@ -134,9 +153,9 @@ def _activations(config: RunConfig, stage: StageConfig, device_type: str, teache
     return found
 
 
-def _batch(stage: StageConfig, teacher: Teacher, size: int) -> Batch:
+def empty_batch(teacher: Teacher, size: int, images: bool, pairs: bool = False, trajectories: bool = False) -> Batch:
     """Return a micro-batch of zeros, of the shapes that `DataFeed` gives it."""
-    needs, shape = stage.needs, (size, *teacher.denoiser.sample_shape)
+    shape = (size, *teacher.denoiser.sample_shape)
     asked = teacher.condition(teacher.examples(1), 1)
     values = {name: torch.zeros(size, *value.shape[1:], dtype=value.dtype) for name, value in asked.values.items()}
     null = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in asked.null.items()}
@@ -144,11 +163,9 @@ def _batch(stage: StageConfig, teacher: Teacher, size: int) -> Batch:
     times = torch.ones(size, dtype=torch.float64)
     return Batch(
         cond,
-        torch.zeros(shape) if needs.data == "images" else None,
-        PairBatch(torch.zeros(shape), torch.zeros(shape), cond) if needs.pairs else None,
-        trajectories=None
-        if needs.trajectories is None
-        else TrajectoryBatch(torch.zeros(shape), times, times, torch.zeros(shape), cond),
+        torch.zeros(shape) if images else None,
+        PairBatch(torch.zeros(shape), torch.zeros(shape), cond) if pairs else None,
+        trajectories=TrajectoryBatch(torch.zeros(shape), times, times, torch.zeros(shape), cond) if trajectories else None,
     )
 
 

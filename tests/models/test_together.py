@@ -25,8 +25,8 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 PROMPTS = ["a red circle", "blue square left of it"]
 
 
-def build(base, limit=8, lora=LORA):
-    roles = build_roles(base, ROLES, "shared", lora, one_batch_up_to=limit)
+def build(base, limit=8, lora=LORA, rows_at_once=None):
+    roles = build_roles(base, ROLES, "shared", lora, one_batch_up_to=limit, rows_at_once=rows_at_once)
     for seed, name in enumerate(ROLES):
         perturb(roles.parameters(name), seed)
     return roles
@@ -188,3 +188,15 @@ def test_conditions_stay_with_their_rows():
         one = (x[k : k + 1], t[k : k + 1], Condition.labels(cond.values["class_labels"][k : k + 1], 3))
         for whole, single in zip(together, alone(guided(roles.teacher, 2.0), roles["fake"], one), strict=True):
             torch.testing.assert_close(whole.raw[k : k + 1], single.raw, **EXACT)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("limit", [0, 8])
+def test_passes_of_few_rows_say_the_same(rows, limit):
+    roles, (x_t, t, cond) = build(denoiser("dit"), limit, rows_at_once=rows), inputs()
+    scales = torch.linspace(1.5, 4.0, len(x_t), dtype=torch.float64)  # of each sample its own, also where its branches part
+    first, second = guided(roles.teacher, scales), roles["fake"]
+    said, seen = both(first, second, (x_t, t, cond))
+    assert_same(said, alone(first, second, (x_t, t, cond)), **EXACT)
+    assert max(seen) <= rows and sum(seen) == 3 * len(x_t)
+    assert len(seen) == (1 if limit and rows == 100 else 2 if rows == 100 else len(seen))

@@ -255,7 +255,11 @@ def test_a_changed_config_is_refused_naming_the_fields(teacher, tmp_path):
     with pytest.raises(UserError) as caught:
         train(changed, resume=True, progress=False)
     text = str(caught.value)
-    assert "  seed: 0 -> 4\n" in text and "  stages.0.steps: 2 -> 3\n" in text and '  ema: {"decay": 0.9, "offload": false} -> null\n' in text
+    assert (
+        "  seed: 0 -> 4\n" in text
+        and "  stages.0.steps: 2 -> 3\n" in text
+        and '  ema: {"decay": 0.9, "offload": false} -> null\n' in text
+    )
     assert "logging" not in text and "batch_size" not in text
 
 
