@@ -3,14 +3,19 @@
 A checkpoint is a folder `step_0000120` of safetensors files (roles, averages, optimisers) and `state.json`, which holds the
 SHA-256 of each of them and of itself. It appears under its name only when all of it is on disk. Loading verifies every byte
 and never unpickles.
+
+Of networks split over processes each writes its rows: `role-student-0of4.safetensors` and so on. Put together along their first
+dimension they are the whole tensors, which is how they are read, in any number of processes; nobody else knows of the parts.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +24,13 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.files import atomic_folder, hash_json, sha256, write_json
+from diffdistill.files import atomic_folder, explained, hash_json, sha256, write_json
+from diffdistill.processes import ALONE, Processes
 from diffdistill.training.stopping import Diverged
 
 STATE = "state.json"
 SCHEMA = 1
+_FILE = re.compile(r"(?P<group>.+?)(-(?P<index>\d+)of\d+)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,19 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    processes: Processes = ALONE,
+) -> Path:
     """Write checkpoint `step` into a folder of checkpoints and return its path.
 
     Args:
-        tensors: group -> name -> tensor; each group becomes one file.
-        state: plain JSON values.
+        tensors: group -> name -> tensor; each group becomes one file, or one for each process.
+        state: plain JSON values; that of the main process is kept.
+        processes: several, which all call this, where each has its rows of every tensor (or the same value, of 0 dimensions).
     Raises:
         Diverged: a value is not finite; nothing is written.
         MachineError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -56,18 +70,59 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
     for group, named in tensors.items():
         _refuse_nonfinite(group, named)
     path = folder / name(step)
-    with atomic_folder(path) as aside:
-        for group, named in tensors.items():
-            _write(aside / f"{group}.safetensors", named)
-        content = {
-            "schema": SCHEMA,
-            "step": step,
-            "state": dict(state),
-            "files": {f"{group}.safetensors": sha256(aside / f"{group}.safetensors") for group in tensors},
-        }
-        content = json.loads(json.dumps(content))  # as it will be read back, so that the hash is the same
-        write_json(aside / STATE, {**content, "sha256": hash_json(content)})
+    if processes.count == 1:
+        with atomic_folder(path) as aside:
+            _seal(aside, step, state, _write_groups(aside, tensors, ""))
+    else:
+        _save_parts(path, step, tensors, state, processes)
     return path
+
+
+def _save_parts(
+    path: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], processes: Processes
+) -> None:
+    """Write this process's files beside the checkpoint; when all are there the main process moves them into it."""
+    parts = path.with_name(f".{path.name}.parts")
+    if processes.is_main:
+        with explained(path):
+            for left in path.parent.glob(".step_*.parts"):  # by a run that was killed
+                shutil.rmtree(left)
+            parts.mkdir(parents=True)
+    processes.wait()
+    with explained(path):
+        digests = _write_groups(parts, tensors, f"-{processes.index}of{processes.count}")
+        for file in digests:
+            with open(parts / file, "rb") as handle:
+                os.fsync(handle.fileno())  # by the machine that wrote it
+        write_json(parts / f"{processes.index}.json", digests)
+    processes.wait()
+    if processes.is_main:
+        with atomic_folder(path) as aside:
+            listed: dict[str, str] = {}
+            for index in range(processes.count):
+                listed |= json.loads((parts / f"{index}.json").read_bytes())
+            for file in listed:
+                os.replace(parts / file, aside / file)
+            _seal(aside, step, state, listed)
+        shutil.rmtree(parts)
+    processes.wait()
+
+
+def _write_groups(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], ending: str) -> dict[str, str]:
+    """Write a file for each group and return file -> SHA-256."""
+    files = {}
+    for group, named in tensors.items():
+        path = folder / f"{group}{ending}.safetensors"
+        _write(path, named)
+        files[path.name] = sha256(path)
+    return files
+
+
+def _seal(folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Write `state.json`, by which a folder is a checkpoint."""
+    content = {"schema": SCHEMA, "step": step, "state": dict(state), "files": dict(files)}
+    content = json.loads(json.dumps(content))  # as it will be read back, so that the hash is the same
+    write_json(folder / STATE, {**content, "sha256": hash_json(content)})
 
 
 def load(path: Path) -> Checkpoint:
@@ -177,11 +232,40 @@ def _score(path: Path) -> float | None:
 
 
 def _read(path: Path) -> Checkpoint:
-    from safetensors.torch import load_file
-
     content = json.loads((path / STATE).read_bytes())
-    tensors = {file.removesuffix(".safetensors"): load_file(path / file) for file in content["files"]}
+    groups: dict[str, dict[int, Path]] = {}
+    for file in content["files"]:
+        found = _FILE.fullmatch(file)
+        assert found is not None, f"{file} is no file of a checkpoint"
+        groups.setdefault(found["group"], {})[int(found["index"] or 0)] = path / file
+    tensors = {group: StoredTensors([files[index] for index in sorted(files)]) for group, files in groups.items()}
     return Checkpoint(path, content["step"], content["state"], tensors)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a group by name, whole, each read when it is asked for: so a process that keeps some rows never holds all of all.
+
+    Args:
+        files: of the group, in the order of their rows. They may be deleted once this is made.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        from safetensors import safe_open
+
+        self._files = [safe_open(file, "pt") for file in files]
+        self._names = list(self._files[0].keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        parts = [file.get_tensor(name) for file in self._files]
+        return parts[0] if len(parts) == 1 or parts[0].ndim == 0 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _write(path: Path, named: Mapping[str, Tensor]) -> None:
