@@ -23,7 +23,7 @@ DATA = MODELS | {"data"}
 SAMPLING = DATA | {"sampling"}
 DISTILLERS = SAMPLING | {"distillers"}
 READING = {"yaml_files", "mistakes"}
-ENGINE = DISTILLERS | READING | {"config", "evaluation", "export", "training.optimizers", "training"}
+ENGINE = DISTILLERS | READING | {"config", "evaluation", "export", "training.optimizers", "training.sharding", "training"}
 SURFACE = ENGINE | {
     "oracles",
     "recipes",
@@ -58,8 +58,9 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": SAMPLING | READING,
     "export": SAMPLING,
     "training.offload": BASE,
-    "training.optimizers": BASE | {"training.offload"},
-    "config": DISTILLERS | READING | {"training.optimizers"},
+    "training.optimizers": MODELS | {"training.offload"},
+    "training.sharding": MODELS,
+    "config": DISTILLERS | READING | {"training.optimizers", "training.sharding"},
     "training": ENGINE | {"memory"},
     "recipes": BASE,
     "listing": SURFACE,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffdistill.errors import did_you_mean
 from diffdistill.mistakes import Problem
+from diffdistill.training.optimizers import EIGHT_BIT
 
 if TYPE_CHECKING:
     from diffdistill.config.settings import RunConfig
@@ -24,6 +25,7 @@ def problems(config: RunConfig) -> list[Problem]:
         *_stage_problems(config),
         *_pairs_problems(config),
         *_bucket_problems(config),
+        *_parallel_problems(config),
     ]
 
 
@@ -166,3 +168,24 @@ def _bucket_problems(config: RunConfig) -> Iterator[Problem]:
                 "data.buckets",
                 f"stage {index} ({stage.method.name}) reads states of the teacher that are stored at one size. Set buckets to null.",
             )
+
+
+def _parallel_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel != "fsdp":
+        return
+    if config.teacher_options.quantize is not None:
+        yield Problem(
+            "teacher_options.quantize",
+            "rounds weights to codes, which parallel: fsdp cannot split over processes. Set parallel: ddp, whose cost is one rounded "
+            "network a process, or quantize: null.",
+        )
+    for index, stage in enumerate(config.stages):
+        for role in stage.trained:
+            if stage.optimizer(role).name in EIGHT_BIT:
+                yield Problem(
+                    f"stages.{index}.optimizers.{role}.name",
+                    f"{stage.optimizer(role).name} keeps moments in blocks of values, which no other number of processes could take up "
+                    "from the rows of parallel: fsdp. Set adamw, whose moments fsdp shares out, or parallel: ddp.",
+                )
+    if config.precision == "fp16":
+        yield Problem("precision", "fp16 needs one loss scale for all processes, which parallel: fsdp does not keep. Set bf16.")

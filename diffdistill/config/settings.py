@@ -21,6 +21,7 @@ from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.compute import ComputeConfig
 from diffdistill.models.quantize import Quantization
 from diffdistill.training.optimizers import OptimizerConfig
+from diffdistill.training.sharding import Parallel
 
 
 class _Frozen(BaseModel):
@@ -290,6 +291,11 @@ class RunConfig(_Frozen):
         None,
         description="auto: where the run would not fit into memory by its plan, settings that make it fit are picked, those that cost least "
         "speed first, and written into the run's config.yaml (docs/memory.md); null: as configured",
+    )
+    parallel: Parallel = Field(
+        "ddp",
+        description="several processes: ddp, each holds all weights; fsdp, each holds a share of weights, gradients and moments, and "
+        "parts of a network are put together as they are needed. One process: no effect",
     )
     clip_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients of a turn are scaled down to this norm; null for no clipping"

@@ -19,6 +19,7 @@ from diffdistill.math.prediction import Prediction
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser, InSchedule
 from diffdistill.models.network import FamilyDenoiser
+from diffdistill.models.shards import has_split_parameters
 
 
 class TapReached(Exception):
@@ -84,6 +85,8 @@ def features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, tap: s
     Raises:
         UserError: no network to read, or an unknown tap.
     """
+    if has_split_parameters(_of_network(denoiser).network):
+        return _features_of_split(denoiser, x_t, t, cond, tap)
     with stopping_at(denoiser, tap):
         try:
             denoiser(x_t, t, cond)
@@ -101,6 +104,29 @@ def stopping_at(denoiser: Denoiser, tap: str) -> Iterator[None]:
 
     with _hooked(tap_module(denoiser, tap), stop):
         yield
+
+
+def _features_of_split(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, tap: str) -> Tensor:
+    """Return the features from a full pass: one that is left early would leave a split network half put together.
+
+    In a backward pass each part of a network is put together when its own output is reached. From the features on, those of the
+    parts around the tap never are; so the features put these together.
+    """
+    output = predict_with_features(denoiser, x_t, t, cond, tap)[1]
+    if output.requires_grad:
+        tapped, network = tap_module(denoiser, tap), _of_network(denoiser).network
+        around: list[Any] = [
+            part
+            for part in network.modules()
+            if has_split_parameters(part) and any(tapped is inner for inner in part.modules())
+        ]
+
+        def put_together(_: Tensor) -> None:
+            for part in around:
+                part.unshard()
+
+        output.register_hook(put_together)
+    return output
 
 
 def predict_with_features(
@@ -165,7 +191,7 @@ class DiscriminatorHead(nn.Module):
         hidden = self.trunk(features.to(self.logit.weight.dtype))
         if hidden.ndim == 3:  # (B, N, width)
             hidden = hidden.mean(dim=1)
-        return self.logit(hidden)[:, 0]
+        return self.logit(hidden).sum(dim=1)  # of one column, (B,); no view, which a split head must not return
 
 
 @torch.no_grad()

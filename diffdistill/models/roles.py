@@ -39,6 +39,7 @@ from diffdistill.models.extras import add_extra_inputs, extra_inputs_of, extra_m
 from diffdistill.models.guidance_adapters import GuidanceAdapterSpec, add_guidance_adapters, muted
 from diffdistill.models.network import FamilyDenoiser
 from diffdistill.models.quantize import is_quantized
+from diffdistill.models.shards import has_split_parameters, local, own_rows
 
 Layout = Literal["copies", "shared"]
 
@@ -112,12 +113,15 @@ class Roles:
     # --- weights ------------------------------------------------------------------------------------------------------------
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """Return copies of what is trained in a role; the state of one role loads into another of the same shape."""
-        return {key: parameter.detach().clone() for key, parameter in self.named_parameters(name).items()}
+        """Return copies of what is trained in a role; the state of one role loads into another of the same shape.
+
+        Of networks split over processes it holds the rows of this one.
+        """
+        return {key: local(parameter).clone() for key, parameter in self.named_parameters(name).items()}
 
     @torch.no_grad()
     def load_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Write tensors into a role. Nothing is written unless every name and shape fits.
+        """Write tensors into a role, whole ones or what `state` returned. Nothing is written unless every name and shape fits.
 
         Raises:
             ValueError: missing or unknown names, or a shape that differs.
@@ -125,11 +129,11 @@ class Roles:
         parameters = self.named_parameters(name)
         _check(parameters, state, f"role {name!r}")
         for key, parameter in parameters.items():
-            parameter.copy_(state[key])
+            local(parameter).copy_(own_rows(state[key], parameter))
 
     def assign(self, target: str, source: str) -> None:
         """Copy the weights of one role into another of equal shapes: target <- source."""
-        self.load_state(target, self.named_parameters(source))
+        self.load_state(target, {key: local(parameter) for key, parameter in self.named_parameters(source).items()})
 
     @torch.no_grad()
     def lerp(self, target: str, source: str, decay: float) -> None:
@@ -143,7 +147,7 @@ class Roles:
         """
         targets, sources = self.named_parameters(target), self.named_parameters(source)
         _check(targets, sources, f"role {target!r} (from {source!r})")
-        _lerp([parameter.data for parameter in targets.values()], [sources[key].data for key in targets], decay)
+        _lerp([local(parameter) for parameter in targets.values()], [local(sources[key]) for key in targets], decay)
 
     @contextlib.contextmanager
     def using(self, name: str, state: Mapping[str, Tensor]) -> Iterator[None]:
@@ -178,6 +182,31 @@ class Roles:
         if self.lora is None:
             raise UserError("these roles train whole networks and have no adapters; export the network, or train with lora.")
         return {key: parameter.detach().clone() for key, parameter in adapter_parameters(_network(self[name]), name).items()}
+
+    @property
+    def are_split(self) -> bool:
+        """Whether the networks are split over processes, so that every one of them must take part in each call of each."""
+        return any(has_split_parameters(network) for network in self.networks.values())
+
+    def split(self, split: Callable[[nn.Module], None]) -> None:
+        """Apply `split` to every network once; what is trained in a role is then the parameters that it has put in place.
+
+        Args:
+            split: replaces the parameters of a network, in place, under their names.
+        """
+        networks = {id(network): network for network in self.networks.values()}.values()
+        places = {
+            id(parameter): (module, key)
+            for network in networks
+            for module in network.modules()
+            for key, parameter in module.named_parameters(recurse=False)
+        }
+        for network in networks:
+            split(network)
+        self._trained = {
+            name: {key: getattr(*places[id(parameter)]) for key, parameter in parameters.items()}
+            for name, parameters in self._trained.items()
+        }
 
     # --- memory -------------------------------------------------------------------------------------------------------------
 
@@ -325,11 +354,10 @@ class Shadow:
 
     def __init__(self, roles: Roles, name: str, decay: float, offload: bool = False) -> None:
         self._parameters, self._name, self.decay, self._offload = roles.named_parameters(name), name, decay, offload
+        self._own = {key: local(parameter) for key, parameter in self._parameters.items()}
         device = torch.device("cpu") if offload else None
-        self._shadow = {
-            key: parameter.detach().to(device, _wide(parameter), copy=True) for key, parameter in self._parameters.items()
-        }
-        self._sent = {key: _pinned_like(parameter) for key, parameter in self._parameters.items()} if offload else {}
+        self._shadow = {key: weights.to(device, _wide(weights), copy=True) for key, weights in self._own.items()}
+        self._sent = {key: _pinned_like(weights) for key, weights in self._own.items()} if offload else {}
         self._wait: Callable[[], None] | None = None  # for what was sent and is not taken in yet
 
     @torch.no_grad()
@@ -337,9 +365,9 @@ class Shadow:
         """Take in the role's weights of now."""
         if self._offload:
             self._take_in()
-            self._wait = _send(self._parameters, self._sent)
+            self._wait = _send(self._own, self._sent)
         else:
-            _lerp(list(self._shadow.values()), [parameter.data for parameter in self._parameters.values()], self.decay)
+            _lerp(list(self._shadow.values()), list(self._own.values()), self.decay)
 
     @torch.no_grad()
     def _take_in(self) -> None:
@@ -357,10 +385,10 @@ class Shadow:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Write averaged tensors, e.g. from a checkpoint; names and shapes must fit exactly."""
-        _check(self._shadow, state, f"the average of role {self._name!r}")
+        _check(self._parameters, state, f"the average of role {self._name!r}")
         self._wait = None
         for key, tensor in self._shadow.items():
-            tensor.copy_(state[key])
+            tensor.copy_(own_rows(state[key], self._parameters[key]))
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------------
@@ -412,7 +440,7 @@ def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -
             "another layout or another network."
         )
     for key, tensor in own.items():
-        if given[key].shape != tensor.shape:
+        if given[key].shape not in (tensor.shape, local(tensor).shape):
             raise ValueError(
                 f"the state does not fit {where}: {key} must have shape {tuple(tensor.shape)}; got "
                 f"{tuple(given[key].shape)}. Adapters must have the same rank."

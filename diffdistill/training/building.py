@@ -22,6 +22,8 @@ from diffdistill.processes import Processes
 from diffdistill.training.data_feed import DataFeed, build_source, micro_batch_size
 from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import RoleOptimizer
+from diffdistill.training.reduction import Replicated
+from diffdistill.training.sharding import Split, splitter
 
 
 def build_accelerator(precision: str) -> Any:
@@ -104,6 +106,11 @@ def _build_head(seed: int, teacher: Teacher, taps: set[str]) -> torch.nn.Module 
         return build_head(teacher.denoiser, taps.pop(), cond=teacher.condition(teacher.examples(1), 1))
 
 
+def split_roles(roles: Roles, device: torch.device) -> None:
+    """Split all networks of the roles over the processes; all of them call it."""
+    roles.split(splitter(device))
+
+
 def build_distiller(stage: StageConfig, roles: Roles) -> Distiller:
     """Return the method of a stage; some set roles when they are built."""
     return registry.get(stage.method.name)(stage.method, roles.teacher, roles, stage.steps)
@@ -149,6 +156,7 @@ def build_engine(
         clip_grad_norm=config.clip_grad_norm,
         guard=Guard(config.guard.max_nonfinite_steps),
         averages={} if shadow is None else {"student": shadow},
+        reduction=Split(list(roles.networks.values())) if roles.are_split else Replicated(accelerator.num_processes),
     )
 
 

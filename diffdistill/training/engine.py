@@ -221,7 +221,7 @@ class Engine:
 
     def _turn(self, index: int, turn: Turn, step: int, batches: dict[int, Batch], stop: bool) -> None:
         optimizers = [self.optimizers[role] for role in turn.trains]
-        parameters = [parameter for optimizer in optimizers for parameter in optimizer.parameters]
+        parameters = [parameter for optimizer in optimizers for parameter in optimizer.whole]
         self.roles.train_only(turn.trains)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -243,6 +243,8 @@ class Engine:
 
         # 2. Sums over the processes
         self.reduction.after_backward(parameters)
+        for optimizer in optimizers:
+            optimizer.take_gradients()
         excused = None
         if self.accelerator.scaler is not None:
             excused = self.accelerator.scaler._scale > 1  # an overflow at a larger scale is the scale's, not the loss's
@@ -288,7 +290,7 @@ class Engine:
         if turn in self._checked:
             return
         for role in turn.trains:
-            if all(parameter.grad is None for parameter in self.optimizers[role].parameters):
+            if all(parameter.grad is None for parameter in self.optimizers[role].whole):
                 raise RuntimeError(
                     f"turn {turn.name!r} of method {self.distiller.name!r} trains {role!r}, but no gradient "
                     "reached it. Either the loss does not use the role, or its graph was cut on the way."

@@ -23,6 +23,9 @@ from diffdistill.yaml_files import read_yaml
 
 LIBRARIES = ("diffdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
+FREE = ("output", "parallel")
+"""Settings that a resumed run may change: where the folder lies, and how its processes share the work."""
+
 
 class RunFolder:
     """config.yaml, environment.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, stored states and the file `lock`."""
@@ -157,18 +160,18 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Return the SHA-256 of a config without its output, so that a run folder may be moved."""
-    return hash_json({key: value for key, value in comparable(config).items() if key != "output"})
+    """Return the SHA-256 of a config without `FREE`."""
+    return hash_json({key: value for key, value in comparable(config).items() if key not in FREE})
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Return "place: old -> new" for every differing value of two configs; `output` may differ."""
+    """Return "place: old -> new" for every differing value of two configs; those of `FREE` may differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [
             line
             for key in keys
-            if place or key != "output"
+            if place or key not in FREE
             for line in differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diffdistill.errors import UserError, unknown_name
+from diffdistill.models.shards import is_split, local, own_rows
 from diffdistill.training.offload import Twins
 
 OptimizerName = Literal["adamw", "adam", "radam", "sgd", "adamw8bit", "adamw8bit_bnb"]
@@ -166,6 +167,10 @@ def moment_bytes(parameter: Tensor, config: OptimizerConfig) -> int:
 class RoleOptimizer:
     """The optimiser of one role in one stage.
 
+    Attributes:
+        whole: the parameters as the role has them.
+        parameters: the same, or of those that are split over processes what this one holds: what is updated, and has moments.
+
     Args:
         parameters: what the role trains, in an order that is the same in every process and run.
         total_steps: length of the stage.
@@ -175,7 +180,8 @@ class RoleOptimizer:
 
     def __init__(self, role: str, parameters: Iterable[Parameter], config: OptimizerConfig, total_steps: int) -> None:
         self.role, self.config, self.total_steps = role, config, total_steps
-        self.parameters = list(parameters)
+        self.whole = list(parameters)
+        self.parameters = [Parameter(local(whole)) if is_split(whole) else whole for whole in self.whole]
         if not self.parameters:
             raise UserError(f"role {role!r} has no parameters to train. Give it an adapter, or leave out its optimizer.")
         self.twins = Twins(self.parameters) if config.offload else None
@@ -191,6 +197,12 @@ class RoleOptimizer:
         """Let go of the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def take_gradients(self) -> None:
+        """Take the gradients of the rows that this process holds of split parameters."""
+        for whole, own in zip(self.whole, self.parameters, strict=True):
+            if own is not whole:
+                own.grad, whole.grad = None if whole.grad is None else local(whole.grad), None
 
     def step(self, step: int, found_inf: Tensor) -> None:
         """Update with the rate of this step, unless found_inf, a 0-dim float32 tensor, is 1."""
@@ -220,11 +232,11 @@ class RoleOptimizer:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned. The parameters must have their values by then."""
+        """Take over what `state` returned, in this process or, put together, in all. The parameters must have their values by then."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = own_rows(value, self.whole[int(index)])
         restored = {index: self._restored(values) for index, values in state.items()}
         self.inner.load_state_dict({"state": restored, "param_groups": self.inner.state_dict()["param_groups"]})
         if self.twins is not None:

@@ -18,6 +18,7 @@ from diffdistill.config import RunConfig, StageConfig, TextData, with_overrides
 from diffdistill.errors import MachineError, UserError
 from diffdistill.export.plan import plan
 from diffdistill.files import explained
+from diffdistill.processes import ALONE
 from diffdistill.training import checkpoint
 from diffdistill.training.building import (
     build_accelerator,
@@ -27,6 +28,7 @@ from diffdistill.training.building import (
     build_run_roles,
     build_shadow,
     open_teacher,
+    split_roles,
 )
 from diffdistill.training.checkpoint import Checkpoint
 from diffdistill.training.conditions import Conditions
@@ -39,6 +41,7 @@ from diffdistill.training.optimizers import learning_rate, require_package
 from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress, peak_memory_gib
+from diffdistill.training.sharding import check_parallel
 from diffdistill.training.stopping import Diverged, Interrupted, Stopped, StopSignals
 from diffdistill.training.stored import StoredStates, origin_of
 from diffdistill.training.text_data import texts
@@ -84,7 +87,8 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
     folder = RunFolder(config.output)
     config, choice = _settled(config, folder, accelerator, progress)
     folder.check(config, resume)
-    micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
+    size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
+    check_parallel(config, size, accelerator.num_processes)
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
@@ -131,6 +135,7 @@ class _Run:
         self.choice = choice
         self.processes = build_processes(accelerator, lambda: signals.requested is not None)
         self.is_main = self.processes.is_main
+        self.split = config.parallel == "fsdp" and accelerator.num_processes > 1
         self.on_cpu = accelerator.device.type == "cpu"
         self.size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
         self.done = 0
@@ -221,24 +226,30 @@ class _Run:
             self.pairs = self.stored.pairs(config.pairs, self.folder.pairs)
         if self.spec is not None and self.spec.path is not None:
             self.trajectories = self.stored.trajectories(self.spec, self.folder.trajectories)
-        self.shadow = build_shadow(config, self.roles)
         samples, validation = config.samples, config.validation
+        looks = self.is_main or self.split  # a split network is called by all processes, and each makes the same images
+        cut_off = (lambda: False) if self.split else self.processes.asked_to_stop
         self.preview = None
-        if samples is not None and self.is_main:
+        if samples is not None and looks:
             asked = asked_in_samples(config, self.teacher, samples.num)
-            self.preview = Preview(self.teacher, samples.num, config.seed, asked, self.processes.asked_to_stop)
+            self.preview = Preview(self.teacher, samples.num, config.seed, asked, cut_off)
         self.validation = None
-        if validation is not None and self.is_main:
-            self.validation = Validation(self.teacher, validation.protocol, validation.steps, self.processes.asked_to_stop)
+        if validation is not None and looks:
+            self.validation = Validation(self.teacher, validation.protocol, validation.steps, cut_off)
         if config.exportable:
             last = config.stages[-1]
             sampler = build_distiller(last, self.roles).sampler(preview_steps(config, last))
             plan(self.teacher, sampler, student=self.roles["student"])
 
     def _begin(self) -> None:
-        """Write the folder's first files, make the pairs or trajectories that the config asks for, open log and progress."""
+        """Write the folder's first files, make the pairs or trajectories that the config asks for, split the networks, open the log."""
         if self.is_main:
-            facts = {"processes": self.accelerator.num_processes, "micro_batch_size": self.size, "teacher": self.fingerprints}
+            facts = {
+                "processes": self.accelerator.num_processes,
+                "parallel": self.config.parallel,
+                "micro_batch_size": self.size,
+                "teacher": self.fingerprints,
+            }
             if self.choice is not None:
                 facts["memory"] = list(self.choice.overrides)
             self.folder.begin(self.config, facts, () if self.choice is None else self.choice.lines())
@@ -248,6 +259,9 @@ class _Run:
             self.pairs = self.stored.pairs(pairs, self.folder.pairs)
         if spec is not None and self.trajectories is None:
             self.trajectories = self.stored.trajectories(spec, self.folder.trajectories)
+        if self.split:
+            split_roles(self.roles, self.accelerator.device)  # after what the processes make apart
+        self.shadow = build_shadow(self.config, self.roles)
         if self.is_main:
             self.folder.cut_metrics(self.done)
         self.tracker = Tracker(self.folder, self.config.logging.tensorboard, self.done) if self.is_main else None
@@ -317,7 +331,7 @@ class _Run:
         if saves or stops or self._is_best(metrics):
             if ended:
                 self.skipped_before += engine.guard.check()
-            if self.is_main:
+            if self.is_main or self.split:
                 with self.progress.pause("checkpoint"):
                     self._save(engine, 0 if ended else step + 1, metrics, left)
         if stops and (cut or self.done < self.config.total_steps):
@@ -352,11 +366,12 @@ class _Run:
         )
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Return whether this is the lowest FID so far. Only the main process knows, and only it saves."""
+        """Return whether this is the lowest FID so far. Only those know that looked, and they save."""
         if "fid" not in metrics:
             return False
         best = checkpoint.best_score(self.folder.checkpoints)
-        return best is None or metrics["fid"] < best
+        is_best = best is None or metrics["fid"] < best
+        return self.processes.any(is_best and self.is_main) if self.split else is_best
 
     # What is done then
 
@@ -367,7 +382,7 @@ class _Run:
             with explained(self.folder.path):
                 yield
         except Diverged as error:
-            broken = [role for role in stored_roles(self.roles) if not _finite(self.roles.parameters(role))]
+            broken = [role for role in stored_roles(self.roles) if not _finite([*self.roles.state(role).values()])]
             lost = f" The weights of {', '.join(broken)} are not finite; no step can mend them." if broken else ""
             raise Diverged(f"{error}{lost} {self.standing}") from None
         except MachineError as error:
@@ -404,21 +419,25 @@ class _Run:
         return metrics, []
 
     def _show_samples(self, stage: StageConfig, engine: Engine) -> None:
-        assert self.preview is not None and self.tracker is not None
+        assert self.preview is not None
         sampler = engine.distiller.sampler(preview_steps(self.config, stage))
         with self._averaged():
             images = self.preview.student_images(self.roles, sampler)
         figures = self.preview.figures(images)
         if "fake" in stage.needs.trained:
             figures["drift/fake_lag"] = self.preview.fake_lag(self.roles, sampler)
+        if self.tracker is None:
+            return
         picture = self.preview.save(self.folder.samples / f"{checkpoint.name(self.done)}.png", images)
         self.tracker.log(self.done, figures)
         self.tracker.image(self.done, "samples: teacher above student", picture[:3])
 
     def _validate(self, engine: Engine) -> dict[str, float]:
-        assert self.validation is not None and self.tracker is not None
+        assert self.validation is not None
         with self._averaged():
             scores = self.validation.scores(self.roles, engine.distiller)
+        if self.tracker is None:
+            return scores
         logged = {name: value for name, value in scores.items() if name != "fid"}
         self.tracker.log(self.done, logged)
         self.progress.say(f"step {self.done}  " + numbers({k: v for k, v in logged.items() if "/fid@" in k}))
@@ -448,8 +467,10 @@ class _Run:
             "micro_batch_size": self.size,
             "config": config_hash(self.config),
         }
-        self.saved = checkpoint.save(self.folder.checkpoints, self.done, tensors, state)
-        checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
+        writers = self.processes if self.split else ALONE
+        self.saved = checkpoint.save(self.folder.checkpoints, self.done, tensors, state, writers)
+        if self.is_main:
+            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
 
     @property
     def standing(self) -> str:

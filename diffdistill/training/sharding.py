@@ -1,0 +1,97 @@
+"""Networks split over the processes, by torch's `fully_shard` (FSDP2): each process keeps a share of every parameter, gradient and moment.
+
+A block of a network is put together for its part of a pass and let go again. `Split` is the counterpart of `Replicated`: the
+gradients of the last backward pass of a turn arrive as sums over the processes, each process its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from diffdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from diffdistill.config import RunConfig
+
+Parallel = Literal["ddp", "fsdp"]
+
+
+def check_parallel(config: RunConfig, micro_batch_size: int, num_processes: int) -> None:
+    """Raise UserError where these processes cannot run split networks: they must all do the same passes."""
+    number = config.batch_size // micro_batch_size
+    if config.parallel == "fsdp" and number % num_processes:
+        raise UserError(
+            f"parallel: fsdp needs the same number of micro-batches in every process, and {num_processes} processes cannot share the "
+            f"{number} of a step evenly (batch_size {config.batch_size}, micro-batches of {micro_batch_size}). Choose another "
+            "micro_batch_size or number of processes, or set parallel: ddp."
+        )
+
+
+def splitter(device: torch.device) -> Callable[[nn.Module], None]:
+    """Return what splits a network over all processes, in place, block by block; joined by the processes all together.
+
+    Raises:
+        UserError: torch is too old.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"parallel: fsdp needs torch 2.9 or newer, and this is {torch.__version__}. Set parallel: ddp.")
+    return partial(_split, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
+
+
+def _split(network: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    for module in (*blocks(network), network):
+        # let go after each forward pass, also of the outermost part: it would keep requires_grad of one turn for the next
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the sum, as a loss is divided by all micro-batches of the step
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the parts of a network that are put together one after another: what its module lists hold, and a middle block."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from (block for block in child if any(True for _ in block.parameters()))
+        elif name == "mid_block":
+            yield child
+
+
+class Split:
+    """The `Reduction` of split networks.
+
+    Args:
+        networks: every network and head that is trained.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self.networks: list[Any] = list({id(network): network for network in networks}.values())
+
+    def before_backward(self, parameters: Sequence[Parameter], last: bool) -> None:
+        """Keep the gradients of all passes but the last in this process; the last one's are summed with them."""
+        for network in self.networks:
+            network.set_requires_gradient_sync(last)
+
+    def after_backward(self, parameters: Sequence[Parameter]) -> None:
+        """Fill in zeros; the sums are there."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def totals(self, values: Tensor, gradients: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """Sum the values and the squares of the rows that this process holds."""
+        squares = [torch.stack(torch._foreach_norm(list(rows))).double().square().sum() for rows in gradients]
+        sums = torch.cat([values.double(), torch.stack(squares)])
+        torch.distributed.all_reduce(sums)
+        return sums[: len(values)], list(sums[len(values) :].sqrt().to(gradients[0][0].dtype).unbind())

@@ -1,0 +1,230 @@
+"""Several processes against one: the same gradients, losses, weights and averages from the same global batch.
+
+Every case trains a small teacher's student in float64, once in one process and once in all of them, and compares: the gradients of
+the first update of every role, the logged losses of every step, the final weights of every role and the average. What differs is
+the order of sums alone, so the bound, 1e-6 relative to the largest value of a kind, is far above what is found.
+
+    torchrun --standalone --nproc-per-node 2 eval/distributed.py [--teacher digits-unet] [--steps 20] [--cases short] [--write docs/scale.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from diffdistill.config import RunConfig, parse_config
+from diffdistill.files import write_json
+from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.training.building import build_accelerator, build_engine, build_run_roles, build_shadow, split_roles
+from diffdistill.training.data_feed import build_source
+from diffdistill.training.engine import Engine
+
+LIMIT = 1e-6
+METHODS: Mapping[str, dict[str, Any]] = {
+    "progressive": {"name": "progressive", "student_steps": 2},
+    "consistency": {"name": "consistency"},
+    "dmd2": {"name": "dmd2", "student_steps": 2, "student_every": 2, "gan": {}},
+    "vsd": {"name": "vsd"},
+}
+COPIES: dict[str, Any] = {"layout": "copies"}
+COPIES_LORA: dict[str, Any] = {"layout": "copies", "lora": {"rank": 4}}
+SHARED: dict[str, Any] = {"layout": "shared", "lora": {"rank": 4}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, how its roles share memory, and how its networks lie in the processes."""
+
+    method: str
+    roles: Mapping[str, Any]
+    parallel: str
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        lora = " LoRA" if "lora" in self.roles else ""
+        return f"{self.method}, {self.roles['layout']}{lora}{', checkpointing' if self.checkpointing else ''}, {self.parallel}"
+
+    def config(self, teacher: str, steps: int) -> RunConfig:
+        """Return the run of this case; four micro-batches of one sample a step."""
+        method = METHODS[self.method]
+        stage = {"steps": steps, "method": method}
+        return parse_config(
+            {
+                "teacher": teacher,
+                "output": "unused",
+                "data": {"kind": "digits"},
+                "stages": [stage],
+                "batch_size": 4,
+                "micro_batch_size": 1,
+                "roles": {**self.roles, "activation_checkpointing": self.checkpointing},
+                "ema": {"decay": 0.9},
+                "parallel": self.parallel,
+                "exportable": False,
+            }
+        )
+
+
+SHORT = [
+    Case("progressive", COPIES, "ddp"),
+    Case("progressive", COPIES, "fsdp"),
+    Case("consistency", COPIES_LORA, "fsdp", checkpointing=True),
+    Case("dmd2", COPIES, "fsdp"),
+    Case("dmd2", SHARED, "ddp", checkpointing=True),
+    Case("dmd2", SHARED, "fsdp", checkpointing=True),
+    Case("vsd", SHARED, "fsdp"),
+]
+LONG = [
+    Case(method, roles, parallel, checkpointing)
+    for method in METHODS
+    for roles in (COPIES, COPIES_LORA, SHARED)
+    for parallel in ("ddp", "fsdp")
+    for checkpointing in (False, True)
+]
+
+
+class Alone:
+    """What the engine asks of an accelerator, for one process among several."""
+
+    device, process_index, num_processes, scaler = torch.device("cpu"), 0, 1, None
+
+    def autocast(self, _: Any) -> contextlib.AbstractContextManager[None]:
+        """Leave the dtype as it is."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass."""
+        loss.backward()
+
+
+@contextlib.contextmanager
+def recorded_gradients(engine: Engine) -> Iterator[dict[str, list[Tensor]]]:
+    """Record what each role's first update sees in this process, role -> gradients."""
+    found: dict[str, list[Tensor]] = {}
+    for role, optimizer in engine.optimizers.items():
+        plain = optimizer.step
+
+        def step(k: int, found_inf: Tensor, role: str = role, optimizer: Any = optimizer, plain: Any = plain) -> None:
+            found.setdefault(role, [parameter.grad.clone() for parameter in optimizer.parameters])
+            plain(k, found_inf)
+
+        optimizer.step = step  # type: ignore[method-assign]
+    yield found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run of a case leaves: by kind ("gradients", "losses", "weights", "average") name -> numbers."""
+
+    kinds: Mapping[str, Mapping[str, Tensor]]
+
+
+def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: Any) -> Trained:
+    """Train a case and return what it leaves in this process: of split networks, its rows."""
+    config = case.config(folder, steps)
+    split = config.parallel == "fsdp" and accelerator.num_processes > 1
+    roles = build_run_roles(config, teacher)
+    if roles.head is not None:
+        roles.head.double()
+    if split:
+        split_roles(roles, accelerator.device)
+    shadow = build_shadow(config, roles)
+    engine = build_engine(
+        config,
+        0,
+        teacher,
+        roles,
+        source=build_source(config, teacher),
+        pairs=None,
+        shadow=shadow,
+        accelerator=accelerator,
+        size=1,
+    )
+    losses = []
+    with recorded_gradients(engine) as gradients:
+        for step in range(steps):
+            engine.step(step)
+            losses.append(engine.meter.read())
+        engine.distiller.finish()
+    assert shadow is not None
+    return Trained(
+        {
+            "gradients": {f"{role}.{k}": grad for role, grads in gradients.items() for k, grad in enumerate(grads)},
+            "losses": {name: torch.tensor([row[name] for row in losses if name in row]) for name in losses[-1]},
+            "weights": {f"{role}.{key}": value for role in engine.optimizers for key, value in roles.state(role).items()},
+            "average": shadow.state(),
+        }
+    )
+
+
+def put_together(own: Trained) -> Trained | None:
+    """Return of split networks the whole, in process 0."""
+    parts: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
+    distributed.gather_object(own, parts)
+    if parts is None:
+        return None
+    return Trained(
+        {
+            kind: {
+                name: value if kind == "losses" else torch.cat([part.kinds[kind][name] for part in parts])
+                for name, value in named.items()
+            }
+            for kind, named in own.kinds.items()
+        }
+    )
+
+
+def differences(several: Trained, one: Trained) -> dict[str, float]:
+    """Return, by kind, the largest difference relative to the largest number of that kind."""
+    found = {}
+    for kind, named in one.kinds.items():
+        other = several.kinds[kind]
+        assert named.keys() == other.keys(), f"{kind}: {named.keys() ^ other.keys()}"
+        largest = max(float(value.abs().max()) for value in named.values())
+        found[kind] = max(float((other[name] - value).abs().max()) for name, value in named.items()) / largest
+    return found
+
+
+def main() -> int:
+    """Run the cases in this process, one of several; process 0 prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="digits-unet", help="name or folder")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cases", choices=("short", "long"), default="long")
+    parser.add_argument("-o", "--output", type=Path, help="write the differences there as JSON")
+    arguments = parser.parse_args()
+    accelerator = build_accelerator("fp32")
+    first = accelerator.process_index == 0
+    rows: dict[str, dict[str, float]] = {}
+    for case in SHORT if arguments.cases == "short" else LONG:
+        begin = time.perf_counter()
+        one = None
+        if first:
+            one = trained(
+                case, load_teacher(arguments.teacher, torch.float64, "cpu"), arguments.teacher, arguments.steps, Alone()
+            )
+        accelerator.wait_for_everyone()
+        own = trained(
+            case, load_teacher(arguments.teacher, torch.float64, "cpu"), arguments.teacher, arguments.steps, accelerator
+        )
+        several = put_together(own) if case.parallel == "fsdp" else own
+        if one is not None and several is not None:
+            rows[str(case)] = differences(several, one)
+            shown = "  ".join(f"{kind} {value:.1e}" for kind, value in rows[str(case)].items())
+            print(f"{case}: {shown}  ({time.perf_counter() - begin:.1f} s)", flush=True)
+    if first and arguments.output is not None:
+        write_json(arguments.output, {"processes": accelerator.num_processes, "steps": arguments.steps, "cases": rows})
+    accelerator.wait_for_everyone()
+    return int(any(value > LIMIT for row in rows.values() for value in row.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
