@@ -94,11 +94,7 @@ LONG = [
 class Alone:
     """What the engine asks of an accelerator, for one process among several."""
 
-    device, process_index, num_processes, scaler = torch.device("cpu"), 0, 1, None
-
-    def autocast(self, _: Any) -> contextlib.AbstractContextManager[None]:
-        """Leave the dtype as it is."""
-        return contextlib.nullcontext()
+    device, process_index, num_processes, scaler, mixed_precision = torch.device("cpu"), 0, 1, None, "no"
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass."""
