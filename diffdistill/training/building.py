@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from diffdistill.training.optimizers import RoleOptimizer
 from diffdistill.training.reduction import Replicated
 from diffdistill.training.sharding import Split, splitter
 
+LONGEST_WAIT = timedelta(hours=1)
+"""Of a process for the others, which may wait while the main one evaluates. A dead one is noticed otherwise, see `lifeline`."""
+
 
 def build_accelerator(precision: str) -> Any:
     """Return accelerate's Accelerator at a precision, on the GPU where there is one; joins the processes of a launcher.
@@ -34,13 +38,15 @@ def build_accelerator(precision: str) -> Any:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     on_gpu = torch.cuda.is_available()
     if precision == "fp16" and not on_gpu:
         raise UserError("precision fp16 needs a GPU. On the CPU set precision: bf16 (or fp32).")
     if AcceleratorState._shared_state:  # an earlier run of this process may have had another precision
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
+    group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu, kwargs_handlers=[group])
 
 
 def build_processes(accelerator: Any, asked_to_stop: Callable[[], bool]) -> Processes:

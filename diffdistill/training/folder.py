@@ -47,6 +47,12 @@ class RunFolder:
         """Whether a run in this folder got as far as a checkpoint or a logged step; before that nothing can be lost."""
         return bool(checkpoint.available(self.checkpoints)) or (self.metrics.is_file() and self.metrics.stat().st_size > 0)
 
+    def way_on(self) -> str:
+        """Return what is left of a run that broke off, and how to go on, in sentences."""
+        found = checkpoint.available(self.checkpoints)
+        kept = f"The newest checkpoint is {found[-1]}." if found else "No checkpoint had been written yet."
+        return f"{kept} Go on with the same launch command and --resume: diffdistill train {self.config} --resume"
+
     def check(self, config: RunConfig, resume: bool) -> None:
         """Refuse a folder in which this run may not start or go on. Reads only.
 

@@ -35,6 +35,7 @@ from diffdistill.training.conditions import Conditions
 from diffdistill.training.data_feed import build_source, micro_batch_size, resumed_micro_batch_size
 from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder, config_hash
+from diffdistill.training.lifeline import Lifeline
 from diffdistill.training.loading import load_roles, stored_roles
 from diffdistill.training.memory_auto import Choice, available, choose, least_room
 from diffdistill.training.optimizers import learning_rate, require_package
@@ -81,17 +82,18 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
             (names the fields, the parts); data or roles that do not fit the teacher; no good checkpoint among several.
         Stopped: SIGTERM or SIGINT came; the run is saved. Exit status 0.
         Diverged: losses or gradients were not finite too often; the last good checkpoint stays.
-        MachineError: the disk is full or fails; the last good checkpoint stays.
+        MachineError: the disk is full or fails, or another process of the run has ended; the last good checkpoint stays.
     """
     accelerator = build_accelerator(config.precision)
     folder = RunFolder(config.output)
-    config, choice = _settled(config, folder, accelerator, progress)
-    folder.check(config, resume)
-    size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
-    check_parallel(config, size, accelerator.num_processes)
-    accelerator.wait_for_everyone()  # every process has looked before the first one writes
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(Lifeline(accelerator.process_index, accelerator.num_processes, accelerator.device, folder.way_on))
+        config, choice = _settled(config, folder, accelerator, progress)
+        folder.check(config, resume)
+        size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
+        check_parallel(config, size, accelerator.num_processes)
+        accelerator.wait_for_everyone()  # every process has looked before the first one writes
         if accelerator.is_main_process:
             folder.lock()
             stack.callback(folder.unlock)

@@ -84,48 +84,78 @@ def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
     assert session["processes"] == 2
 
 
-def outputs_after_a_signal_to_one(values, folder, shown):
-    """Start two processes, send SIGTERM to the second once the first has shown something, and return what both printed."""
-    config = write(folder / "run.yaml", values)
+@pytest.fixture(scope="module")
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+def start(nursery, config, logs, *arguments):
+    """Start one process for each log, without a launcher, and return their ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    nursery = Nursery()
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    processes = [
-        nursery.start(
-            logs[rank],
-            config,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(2)
+    group = {"WORLD_SIZE": str(len(logs)), "LOCAL_WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        nursery.start(log, config, *arguments, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, log in enumerate(logs)
     ]
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not (logs[0].exists() and shown in logs[0].read_text()):
+
+
+def wait_for(log, text, seconds=100):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (log.exists() and text in log.read_text()):
         time.sleep(0.05)
+    assert text in log.read_text()
+
+
+def outputs_after_a_signal_to_one(nursery, values, folder, shown):
+    """Start two processes, send SIGTERM to the second once the first has shown something, and return what both printed."""
+    logs = [folder / f"log{rank}" for rank in range(2)]
+    processes = start(nursery, write(folder / "run.yaml", values), logs)
+    wait_for(logs[0], shown)
     os.kill(processes[1], signal.SIGTERM)
     codes = [nursery.wait(process) for process in processes]
-    nursery.close()
     outputs = [log.read_text() for log in logs]
     assert codes == [0, 0], outputs
     return outputs
 
 
-def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, tmp_path):
-    outputs = outputs_after_a_signal_to_one(run_values(teacher, tmp_path / "run", steps=100000), tmp_path, "step 2/")
+@pytest.mark.parametrize("killed", [0, 2])
+def test_the_death_of_one_process_ends_all_with_a_message_and_the_run_goes_on(teacher, nursery, tmp_path, killed):
+    folder, logs = tmp_path / "run", [tmp_path / f"log{rank}" for rank in range(3)]
+    changes = {"batch_size": 6, "micro_batch_size": 2, "checkpoint": {"every_steps": 3, "keep": 2}}
+    config = write(tmp_path / "run.yaml", run_values(teacher, folder, steps=100000, **changes))
+    processes = start(nursery, config, logs)
+    wait_for(logs[0], "step 4/")
+    os.kill(processes[killed], signal.SIGKILL)
+    began = time.monotonic()
+    codes = [nursery.wait(process) for process in processes]
+    assert time.monotonic() - began < 20  # a death is noticed at once; up to GRACE seconds for those that hang
+    assert codes == [-signal.SIGKILL if rank == killed else 1 for rank in range(3)]
+    for rank in {0, 1, 2} - {killed}:
+        said = logs[rank].read_text()
+        assert f"process {killed} (" in said and "ended without a word: it was killed" in said
+        assert killed == 0 or f"pid {processes[2]} on" in said and f"What it said last is in {logs[2]}." in said
+        assert "The newest checkpoint is " in said and f"diffdistill train {folder}/config.yaml --resume" in said
+    last, notes = checkpoint.newest(folder / "checkpoints")
+    assert last.step >= 3 and notes == []
+    (resumed,) = start(nursery, config, [tmp_path / "resumed"], "--resume")
+    wait_for(tmp_path / "resumed", f"step {last.step // 2 * 2 + 4}/")
+    os.kill(resumed, signal.SIGTERM)
+    assert nursery.wait(resumed) == 0
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, nursery, tmp_path):
+    outputs = outputs_after_a_signal_to_one(nursery, run_values(teacher, tmp_path / "run", steps=100000), tmp_path, "step 2/")
     found = checkpoint.newest(tmp_path / "run" / "checkpoints")[0]
     assert all(f"after step {found.step} of 100000" in output for output in outputs)
     assert all(value.isfinite().all() for value in found.tensors["role-student"].values() if isinstance(value, torch.Tensor))
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_part_of_the_pairs(teacher, tmp_path):
+def test_a_signal_to_one_process_stops_both_after_the_same_part_of_the_pairs(teacher, nursery, tmp_path):
     stages = [{"steps": 1, "method": {"name": "dmd", "regression": {}}}]
     values = run_values(teacher, tmp_path / "run", stages=stages, pairs={"num": 10**6, "steps": 1})
-    outputs = outputs_after_a_signal_to_one(values, tmp_path, f"image {2 * IMAGES_PER_PART}/")
+    outputs = outputs_after_a_signal_to_one(nursery, values, tmp_path, f"image {2 * IMAGES_PER_PART}/")
     num_parts = len(list((tmp_path / "run" / "pairs.parts").rglob("*.safetensors")))
     assert all(f"after {num_parts * IMAGES_PER_PART} of 1000000 pairs of the teacher; " in output for output in outputs)

@@ -1,0 +1,61 @@
+"""The end of one process ends the others, and they say which one and why; a good end ends nobody else."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+MEMBER = """
+import sys, time, torch
+from diffdistill.errors import UserError
+from diffdistill.training import lifeline
+from diffdistill.training.lifeline import Lifeline
+lifeline.GRACE = 1.0
+torch.distributed.init_process_group("gloo")
+index = torch.distributed.get_rank()
+with Lifeline(index, 3, torch.device("cpu"), lambda: "Here is what to do."):
+    exec(sys.argv[1 + index])
+"""
+
+
+def outcomes(folder, *code):
+    """Run three processes with a line of code each; return exit status and stderr of each, and the seconds they took."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    logs = [open(folder / f"log{rank}", "w+") for rank in range(3)]  # noqa: SIM115
+    processes = [
+        subprocess.Popen([sys.executable, "-c", MEMBER, *code], env={**os.environ, **group, "RANK": str(rank)}, stderr=log)
+        for rank, log in enumerate(logs)
+    ]
+    codes = [process.wait() for process in processes]
+    seconds = time.monotonic() - started
+    for log in logs:
+        log.seek(0)
+    return codes, [log.read() for log in logs], seconds
+
+
+def test_an_error_in_one_process_reaches_those_that_wait_for_it_and_those_that_hang(tmp_path):
+    waits, hangs = "torch.distributed.barrier()", "time.sleep(300)"
+    codes, said, seconds = outcomes(tmp_path, waits, hangs, "raise UserError('no such file.')")
+    assert codes == [1, 1, 1] and seconds < 60
+    for rank in (0, 1):
+        assert "process 2 (pid " in said[rank] and " ended with UserError: no such file. What it said last" in said[rank], said[
+            rank
+        ]
+        assert f"is in {tmp_path}/log2. So this run cannot go on. Here is what to do." in said[rank]
+    assert "So this run cannot go on" not in said[2]
+
+
+def test_processes_may_end_well_one_after_another(tmp_path):
+    codes, said, _ = outcomes(tmp_path, "pass", "time.sleep(1)", "time.sleep(2)")
+    assert codes == [0, 0, 0], said
+    codes, said, _ = outcomes(tmp_path, "time.sleep(2)", "time.sleep(1)", "pass")
+    assert codes == [0, 0, 0], said
