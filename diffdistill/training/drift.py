@@ -6,6 +6,9 @@ when modes are dropped; a fake network that lags behind its student pushes it in
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,20 +48,23 @@ def figures(images: Tensor, labels: Tensor | None) -> dict[str, float]:
 
 
 @torch.no_grad()
-def fake_lag(fake: Denoiser, teacher: Denoiser, samples: Tensor, cond: Condition, generator: torch.Generator) -> float:
-    """Return mean |D_fake(x_s) - x_g| / mean |D_teacher(x_s) - x_g| over noise levels, for the student's samples x_g.
+def fake_lag(
+    fake: Denoiser, teacher: Denoiser, samples: Sequence[Tensor], cond: Condition, generator: torch.Generator
+) -> float:
+    """Return mean |D_fake(x_s) - x_g| / mean |D_teacher(x_s) - x_g| over noise levels, for the student's clean outputs x_g.
 
-    A fake network that follows its student denoises the student's samples better than the teacher does: below 1. Above 1
-    it is worse than no training at all.
+    A fake network that follows its student denoises the student's outputs better than the teacher does, as long as these are not yet
+    the teacher's: below 1. At 1 it has learned nothing; above, it is worse than no training at all.
+
+    Args:
+        samples: x_g of each of the student's steps, whose mixture the fake network is trained on.
     """
     errors = torch.zeros(2, dtype=torch.float64)
     schedule = teacher.schedule
-    for level in LAG_LEVELS:
+    for x_g, level in itertools.product(samples, LAG_LEVELS):
         time = schedule.t_clean + level * (schedule.t_max - schedule.t_clean)
-        t = torch.full((len(samples),), time, dtype=torch.float64, device=samples.device)
-        noise = torch.randn(samples.shape, generator=generator).to(samples.device, samples.dtype)
-        x_t = transfer.add_noise(samples, noise, schedule.coefficients(t))
-        errors += torch.stack(
-            [(denoiser(x_t, t, cond).x0 - samples).abs().double().mean().cpu() for denoiser in (fake, teacher)]
-        )
+        t = torch.full((len(x_g),), time, dtype=torch.float64, device=x_g.device)
+        noise = torch.randn(x_g.shape, generator=generator).to(x_g.device, x_g.dtype)
+        x_t = transfer.add_noise(x_g, noise, schedule.coefficients(t))
+        errors += torch.stack([(denoiser(x_t, t, cond).x0 - x_g).abs().double().mean().cpu() for denoiser in (fake, teacher)])
     return float(errors[0] / errors[1])

@@ -95,10 +95,12 @@ class Preview:
 
     @torch.no_grad()
     def fake_lag(self, roles: Roles, sampler: Sampler) -> float:
-        """Return `drift.fake_lag` on the student's own states, not its average's: it is the student the fake follows."""
+        """Return `drift.fake_lag` on the student's own outputs, not its average's: it is the student the fake follows."""
         cond = self._cond
-        states = sampler.sample(roles["student"], Noise(self.seeds, self.teacher.device), cond)
-        return drift.fake_lag(roles["fake"], roles.teacher, states, cond, keyed_generator(self.seed, "lag"))
+        states, _ = sampler.trajectory(roles["student"], Noise(self.seeds, self.teacher.device), cond)
+        return drift.fake_lag(
+            roles["fake"], roles.teacher, [state.x0 for state in states], cond, keyed_generator(self.seed, "lag")
+        )
 
     def grid(self, images: Tensor) -> Tensor:
         """Return a uint8 picture (C, H, W): a row of the teacher's images above a row of the student's, and so on."""

@@ -50,10 +50,12 @@ class Shrunk(Denoiser):
 
 
 def test_fake_lag_is_below_one_for_a_fake_nearer_to_the_student_than_the_teacher():
-    samples, cond = torch.ones(3, 1, 2, 2), Condition.none(3)
+    samples, cond = [torch.ones(3, 1, 2, 2)], Condition.none(3)
     lag = drift.fake_lag(Shrunk(0.9), Shrunk(0.5), samples, cond, torch.Generator())
     assert lag == pytest.approx(0.1 / 0.5)
     assert drift.fake_lag(Shrunk(0.5), Shrunk(0.9), samples, cond, torch.Generator()) == pytest.approx(5)
+    of_every_step = [*samples, 0.6 * samples[0]]  # errors of 0.3 and 0.1 are added before they are divided
+    assert drift.fake_lag(Shrunk(0.9), Shrunk(0.5), of_every_step, cond, torch.Generator()) == pytest.approx(0.4 / 0.6)
 
 
 def test_the_checkpoint_of_lowest_fid_is_kept_and_loaded_as_best(tmp_path, monkeypatch):
