@@ -497,7 +497,7 @@ def doctor(*, json: Json = False) -> int:
 
 @app.command(sort_key=11)
 def bench(
-    *,
+    *overrides: str,
     parts: Words = (),
     teachers: Words = (),
     methods: Words = (),
@@ -512,6 +512,7 @@ def bench(
     """Measure steps, sampling, starts and overhead against the network passes they must do, on the GPU where there is one.
 
     Args:
+        overrides: further settings of the runs whose steps and samples are measured, a.b=c each, such as compute.attention=math.
         parts: of steps, samples, starts and overhead; all when left out.
         teachers: embedded ones, or sd15, Stable Diffusion 1.5's network with random weights; what suits the device when left out.
         methods: names in the table of the benchmark; all when left out.
@@ -529,7 +530,9 @@ def bench(
 
     _folder(output)
     kept = results.read_kept(results.COMMITTED if against is None else against) if check else {}
-    found = run(parts, teachers, methods, layouts, batch, seconds, lambda text: print(text, file=sys.stderr, flush=True))
+    found = run(
+        parts, teachers, methods, layouts, batch, seconds, overrides, lambda text: print(text, file=sys.stderr, flush=True)
+    )
     if output is not None:
         from diffdistill.files import write_atomic
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffdistill.config import RunConfig, parse_config
+from diffdistill.config import RunConfig, parse_config, with_overrides
 from diffdistill.distillers import registry
 from diffdistill.errors import unknown_name
 
@@ -101,13 +101,19 @@ def cells(
     ]
 
 
-def run_config(cell: Cell, output: Path) -> RunConfig:
-    """Return the run that a cell is: the program's defaults, with only what the method and the layout demand."""
+def run_config(cell: Cell, output: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run that a cell is: the program's defaults, with only what the method and the layout demand.
+
+    Args:
+        overrides: further settings, "a.b=c" each.
+    Raises:
+        UserError: a setting that there is not, or that cannot work with the rest.
+    """
     model, method = MODELS[cell.teacher], METHODS[cell.method]
     kind = registry.get(method["name"])
     needs = kind.needs(kind.Config(**{key: value for key, value in method.items() if key != "name"}))
     adapted = cell.layout == "shared" and needs.guidance_adapters is None
-    return parse_config(
+    config = parse_config(
         {
             "teacher": cell.teacher,
             "output": str(output),
@@ -120,3 +126,4 @@ def run_config(cell: Cell, output: Path) -> RunConfig:
             **model.settings,
         }
     )
+    return with_overrides(config, overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def bench(
     layouts: Sequence[str] = (),
     batch: int | None = None,
     seconds: float = 10.0,
+    overrides: Sequence[str] = (),
     say: Say = lambda text: None,
 ) -> Results:
     """Measure what is asked for and return the tables.
@@ -38,6 +40,7 @@ def bench(
         parts: of PARTS; all when empty. Starts and overhead are those of the digits, whatever the teachers.
         teachers, methods, layouts, batch: as for `matrix.cells`; the embedded teachers when empty, on a GPU Stable Diffusion 1.5's network.
         seconds: for the timed rounds of each row.
+        overrides: further settings of the runs whose steps and samples are measured, "a.b=c" each.
         say: told of each row.
     Raises:
         UserError: a name that is not known, or nothing that can be measured.
@@ -52,8 +55,8 @@ def bench(
     device, chosen = usual_device(), parts or PARTS
     asked = matrix.cells(teachers or (matrix.ON_GPU if device.type == "cuda" else matrix.ON_CPU), methods, layouts, batch)
     with _one_thread(device), tempfile.TemporaryDirectory(prefix="diffdistill-bench-") as folder:
-        steps, refused = _steps(asked, seconds, say) if "steps" in chosen else ([], [])
-        samples = _samples(asked, seconds, say) if "samples" in chosen else []
+        steps, refused = _steps(asked, seconds, overrides, say) if "steps" in chosen else ([], [])
+        samples = _samples(asked, seconds, overrides, say) if "samples" in chosen else []
         starts = _told(measure_starts(Path(folder)), say) if "starts" in chosen else []
         overhead = _told(measure_overhead(Path(folder)), say) if "overhead" in chosen else []
         if refused and not steps:
@@ -62,7 +65,7 @@ def bench(
             )
         return Results(
             machine=machine(device),
-            command=f"diffdistill bench --seconds {seconds:g}" + (f" --batch {batch}" if batch else ""),
+            command=_command(seconds, batch, overrides),
             steps=tuple(steps),
             samples=tuple(samples),
             starts=tuple(starts),
@@ -71,11 +74,19 @@ def bench(
         )
 
 
-def _steps(asked: Sequence[matrix.Cell], seconds: float, say: Say) -> tuple[list[StepRow], list[Refused]]:
+def _command(seconds: float, batch: int | None, overrides: Sequence[str]) -> str:
+    """Return the command that measures everything with the same settings."""
+    size = () if batch is None else ("--batch", str(batch))
+    return shlex.join(["diffdistill", "bench", *overrides, "--seconds", f"{seconds:g}", *size])
+
+
+def _steps(
+    asked: Sequence[matrix.Cell], seconds: float, overrides: Sequence[str], say: Say
+) -> tuple[list[StepRow], list[Refused]]:
     rows, refused = [], []
     for cell in asked:
         try:
-            rows.append(measure_step(cell, seconds))
+            rows.append(measure_step(cell, seconds, overrides))
             say(f"{cell.key}: step / floor {_text(rows[-1])}")
         except UserError as error:
             refused.append(Refused(teacher=cell.teacher, method=cell.method, layout=cell.layout, reason=str(error)))
@@ -84,10 +95,10 @@ def _steps(asked: Sequence[matrix.Cell], seconds: float, say: Say) -> tuple[list
     return rows, refused
 
 
-def _samples(asked: Sequence[matrix.Cell], seconds: float, say: Say) -> list[SampleRow]:
+def _samples(asked: Sequence[matrix.Cell], seconds: float, overrides: Sequence[str], say: Say) -> list[SampleRow]:
     rows: list[SampleRow] = []
     for teacher, layout, batch in dict.fromkeys((cell.teacher, cell.layout, cell.batch) for cell in asked):
-        rows += _told(measure_samples(teacher, layout, batch, seconds), say)
+        rows += _told(measure_samples(teacher, layout, batch, seconds, overrides), say)
         _free()
     return rows
 

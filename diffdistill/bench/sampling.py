@@ -20,9 +20,11 @@ RULES: Sequence[Rule] = ("renoise", "ddim")
 METHOD = "vsd"  # any that has a student in both layouts: how it was trained does not matter
 
 
-def measure_samples(teacher: str, layout: str, batch: int, seconds: float) -> Iterator[SampleRow]:
+def measure_samples(
+    teacher: str, layout: str, batch: int, seconds: float, overrides: Sequence[str] = ()
+) -> Iterator[SampleRow]:
     """Measure a student at each number of steps by each rule; what `image_generator` does is timed in its three parts."""
-    session = open_session(Cell(teacher, METHOD, layout, batch))
+    session = open_session(Cell(teacher, METHOD, layout, batch), overrides)
     device = session.teacher.device
     clock, asked, seeds = clock_of(device), session.teacher.examples(batch), list(range(batch))
     condition = session.teacher.condition(asked, batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from diffdistill.data.batches import Sample
 from diffdistill.data.pairs import Pairs
 from diffdistill.data.trajectories import Trajectories
 from diffdistill.device import usual_device
+from diffdistill.models.attention import Attention
 from diffdistill.models.loading import Teacher
 from diffdistill.models.roles import Roles
 from diffdistill.training.building import open_stage, open_teacher
@@ -91,14 +93,20 @@ class Session:
         return getattr(self.config.stages[0].method, "student_every", 1)
 
 
-def open_session(cell: Cell) -> Session:
+def open_session(cell: Cell, overrides: Sequence[str] = ()) -> Session:
     """Build the stage of a cell on the GPU where there is one.
 
+    Args:
+        overrides: further settings of its run, "a.b=c" each.
     Raises:
         UserError: the method cannot be trained on this teacher, or not in this layout.
     """
-    config = run_config(cell, Path("unused"))
-    teacher = published.sd15_teacher(usual_device()) if cell.teacher == "sd15" else open_teacher(config, usual_device())
+    config = run_config(cell, Path("unused"), overrides)
+    if cell.teacher == "sd15":
+        teacher = published.sd15_teacher(usual_device())
+        teacher = replace(teacher, denoiser=teacher.denoiser.with_attention(Attention(config.compute.attention)))
+    else:
+        teacher = open_teacher(config, usual_device())
     needs, num = config.stages[0].needs, BATCHES * cell.batch
     roles, engine = open_stage(
         config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,15 +17,16 @@ from diffdistill.memory import LiveBytes, memory_rows, total
 MIB = 2**20
 
 
-def measure_step(cell: Cell, seconds: float) -> StepRow:
+def measure_step(cell: Cell, seconds: float, overrides: Sequence[str] = ()) -> StepRow:
     """Measure one cell.
 
     Args:
         seconds: for its timed rounds.
+        overrides: further settings of its run, "a.b=c" each.
     Raises:
         UserError: the cell cannot be; says why.
     """
-    session = open_session(cell)
+    session = open_session(cell, overrides)
     clock = clock_of(session.teacher.device)
     first_step = clock(session.step)
     session.cycle()

@@ -1,14 +1,20 @@
 """The bare pass is the pass that was done: same network, role, inputs and gradient; what it is for is told apart."""
 
+from dataclasses import replace
+
 import bench_cells
 import pytest
 import torch
 
+from diffdistill.bench import published
 from diffdistill.bench.floor import MIN_ROUNDS, compare
+from diffdistill.bench.matrix import LAYOUTS, Cell
 from diffdistill.bench.passes import Pass, bare, count, recorded
 from diffdistill.bench.run import bench
+from diffdistill.bench.session import open_session
 from diffdistill.bench.steps import footprint
 from diffdistill.bench.timing import processor_time
+from diffdistill.errors import UserError
 from diffdistill.models.heads import features
 
 
@@ -150,6 +156,41 @@ def test_an_image_takes_its_steps_and_no_more():
     assert [(row.rule, row.steps, row.passes) for row in found.samples] == [
         (rule, steps, steps) for rule in ("renoise", "ddim") for steps in (1, 2, 4, 8)
     ]
+
+
+def small_network():
+    """Return a network of Stable Diffusion 1.5's kind."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=768,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", ["dmd2-gan", "dmd", "agd", "lcm"])
+def test_the_published_network_is_measured_as_the_others_are(monkeypatch, method, layout):
+    """What a GPU measures at true size, on a small network in its place: bf16, conditions of text, random data."""
+    model = replace(published.MODELS["sd15"], build=small_network, state=(4, 8, 8))
+    monkeypatch.setitem(published.MODELS, "sd15", model)
+    session = bench_cells.session("sd15", method, layout)
+    found = compare(session.step, session, processor_time, seconds=0.0)
+    assert found.passes[Pass("student", "weights", bench_cells.BATCH)] > 0
+    assert all(parameter.isfinite().all() for parameter in session.roles.parameters("student"))
+
+
+def test_settings_reach_the_networks_that_are_measured():
+    cell = Cell("digits-unet", "vsd", "copies", 2)
+    assert open_session(cell, ["compute.attention=math"]).teacher.denoiser.attention.name == "math"
+    with pytest.raises(UserError, match="attenton"):
+        open_session(cell, ["compute.attenton=math"])
 
 
 @pytest.mark.gpu
