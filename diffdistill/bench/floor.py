@@ -19,7 +19,7 @@ class Comparison:
 
     Attributes:
         times, floors: seconds of each round, and of its passes.
-        calls: of each round.
+        calls: of each of the first MIN_ROUNDS rounds; they hold what went into the networks, so no more are kept.
         per_round: how often the action was done in one.
     """
 
@@ -41,7 +41,7 @@ class Comparison:
     @property
     def passes(self) -> dict[Pass, float]:
         """How often an action does each pass: counted over the rounds that are always done, so it is the same in every measurement."""
-        counted = count([call for calls in self.calls[:MIN_ROUNDS] for call in calls])
+        counted = count([call for calls in self.calls for call in calls])
         return {what: num / (MIN_ROUNDS * self.per_round) for what, num in counted.items()}
 
 
@@ -67,5 +67,6 @@ def compare(action: Callable[[], object], session: Session, clock: Clock, second
             calls_of_round += calls
         found.times.append(time)
         found.floors.append(floor)
-        found.calls.append(calls_of_round)
+        if len(found.calls) < MIN_ROUNDS:
+            found.calls.append(calls_of_round)
     return found

@@ -8,6 +8,9 @@ from diffdistill.bench.check import MAX_OVERHEAD, MAX_START_S, NOISE
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.timing import Ratio
 
+STEP_AIM = {"CPU": 1.10, "GPU": 1.05}
+SAMPLE_AIM = 1.03
+
 HEAD = f"""# Speed: what is spent above what must be
 
 `make bench` writes this page; `diffdistill bench --help` shows how to measure a part of it, and `diffdistill bench --check` compares a
@@ -40,7 +43,8 @@ def page(results: Mapping[str, Results]) -> str:
 def _section(found: Results) -> str:
     parts = [f"## {found.machine.device}", f"`{found.command}`, {_facts(found.machine)}."]
     if found.steps:
-        parts += ["### A step", steps_table(found.steps)]
+        aim = STEP_AIM["CPU" if found.machine.device.endswith("processor") else "GPU"]
+        parts += ["### A step", f"Aim: at most {aim:.2f}. {above(found.steps, aim)}", steps_table(found.steps)]
     if found.refused:
         lines = [f"- {row.teacher}, {row.method}, {row.layout}: {row.reason}" for row in found.refused]
         parts += ["Cells that cannot be:", "\n".join(lines)]
@@ -49,6 +53,7 @@ def _section(found: Results) -> str:
             "### An image in few steps",
             "What `diffdistill sample` does between the encoded condition and the decoded image, for a student of the batch, and apart from it "
             "the encoder and the decoder. Noise is drawn for each image by its own generator, so that an image does not depend on its batch.",
+            f"Aim: at most {SAMPLE_AIM:.2f}. {above(found.samples, SAMPLE_AIM)}",
             samples_table(found.samples),
         ]
     if found.starts:
@@ -65,6 +70,18 @@ def _section(found: Results) -> str:
             overhead_table(found.overhead),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def above(rows: Sequence[StepRow] | Sequence[SampleRow], aim: float) -> str:
+    """Return which rows are above an aim: for certain where the whole interval is, perhaps where the median is."""
+    certain = [row.key for row in rows if row.ratio.low > aim]
+    perhaps = [row.key for row in rows if row.ratio.low <= aim < row.ratio.median]
+    texts = [
+        f"{len(rows) - len(certain) - len(perhaps)} of {len(rows)} medians are within it",
+        f"above it by their median, but not by their whole interval: {', '.join(perhaps)}" if perhaps else "",
+        f"above it for certain: {', '.join(certain)}" if certain else "",
+    ]
+    return "; ".join(text for text in texts if text) + "."
 
 
 def _facts(machine: Machine) -> str:

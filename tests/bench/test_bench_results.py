@@ -7,7 +7,7 @@ import pytest
 from diffdistill.bench import matrix, results
 from diffdistill.bench.check import MEMORY_NOISE, NOISE, worse
 from diffdistill.bench.overhead import _over_a_run, _timed
-from diffdistill.bench.page import page, passes_text
+from diffdistill.bench.page import above, page, passes_text
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.starts import first_step
 from diffdistill.bench.timing import Ratio
@@ -125,6 +125,17 @@ def test_the_page_has_a_row_for_each_result():
     assert "| 1.10 | 1.30 |" in text
     assert "| digits-unet | shared | ddim | 4 | 4 | 64 | 2.000 | **1.02** (1.01 to 1.03) | 0.100 | 0.200 |" in text
     assert "| start | 12.0 | 8.0 |" in text and "| all | 1 | 900.0 | 2.00 % |" in text
+
+
+def test_rows_above_an_aim_are_named():
+    rows = [STEP, STEP.model_copy(update={"method": "a"}), STEP.model_copy(update={"method": "b"})]
+    rows[1] = rows[1].model_copy(update={"ratio": Ratio(1.12, 1.09, 1.2)})
+    rows[2] = rows[2].model_copy(update={"ratio": Ratio(1.2, 1.11, 1.3)})
+    assert above(rows, 1.10) == (
+        "1 of 3 medians are within it; above it by their median, but not by their whole interval: digits-unet a shared; "
+        "above it for certain: digits-unet b shared."
+    )
+    assert above(rows[:1], 1.10) == "1 of 1 medians are within it."
 
 
 def test_passes_are_told_in_words():
