@@ -9,7 +9,7 @@ from diffdistill.bench.matrix import LAYOUTS, METHODS
 from diffdistill.bench.passes import count, recorded
 from diffdistill.distillers import registry
 
-STEPS = 6  # of DMD2 a whole cycle and the student's next turn
+STEPS = 3  # of DMD2 a whole cycle and the student's next turn
 
 ONCE = {
     "guidance": {"teacher forward": 2, "student weights": 1},
@@ -40,7 +40,7 @@ def promised(method: str, layout: str, step: int, simulated: int) -> Counter:
     """Return what a step does, `simulated` being the passes of DMD2's backward simulation."""
     if method in ONCE:
         passes = Counter(ONCE[method])
-    elif step % 5 == 0:
+    elif step % 2 == 0:
         own, every = GAN[method]
         passes = Counter({"student forward": simulated, "student weights": 1, "teacher forward": 2, "fake forward": 1})
         passes += Counter({"fake weights": 1}) + Counter(own) + Counter(every)
