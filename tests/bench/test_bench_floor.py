@@ -151,10 +151,14 @@ def test_a_step_costs_little_above_its_passes():
     assert row.step_ms > 0 and row.first_step_s > 0 and found.machine.threads == 1
 
 
-def test_an_image_takes_its_steps_and_no_more():
+def test_an_image_takes_its_steps_and_no_more(monkeypatch):
+    monkeypatch.setattr("diffdistill.bench.sampling.STEPS", (1, 4))
     found = bench(["samples"], ["digits-unet"], layouts=["copies"], batch=1, seconds=0.01)
     assert [(row.rule, row.steps, row.passes) for row in found.samples] == [
-        (rule, steps, steps) for rule in ("renoise", "ddim") for steps in (1, 2, 4, 8)
+        ("renoise", 1, 1),
+        ("renoise", 4, 4),
+        ("ddim", 1, 1),
+        ("ddim", 4, 4),
     ]
 
 
