@@ -82,6 +82,12 @@ class Teacher:
         """(C, H, W) of the decoded images."""
         return self.codec.image_shape(self.denoiser.sample_shape)
 
+    def put_aside(self) -> None:
+        """Leave the device to the network: the autoencoder moves to the CPU, text encoders are freed. What is asked next takes them back."""
+        self.codec.offload()
+        if isinstance(self.conditioner, PromptConditioner):
+            self.conditioner.release()
+
     def fingerprints(self) -> dict[str, str]:
         """Return the hex SHA-256 of each part that decides the teacher's images, under the part's name in the pipeline.
 

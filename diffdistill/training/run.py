@@ -209,7 +209,7 @@ class _Run:
         self.fingerprints = self.teacher.fingerprints()
         self.folder.check_teacher(self.fingerprints)
         self.source = build_source(config, self.teacher, self.processes, self.show)
-        self.teacher.codec.offload()
+        self.teacher.put_aside()
         self.roles = build_run_roles(config, self.teacher)
         origin = origin_of(self.teacher, self.fingerprints, self.source)
         self.stored = StoredStates(
@@ -238,6 +238,7 @@ class _Run:
         self.validation = None
         if validation is not None and looks:
             self.validation = Validation(self.teacher, validation.protocol, validation.steps, cut_off)
+        self.teacher.put_aside()  # the preview had its prompts encoded
         if config.exportable:
             last = config.stages[-1]
             sampler = build_distiller(last, self.roles).sampler(preview_steps(config, last))
@@ -417,7 +418,7 @@ class _Run:
             except Interrupted:
                 return metrics, list(looks[done:])
         if looks:
-            self.teacher.codec.offload()
+            self.teacher.put_aside()
         return metrics, []
 
     def _show_samples(self, stage: StageConfig, engine: Engine) -> None:
