@@ -31,15 +31,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 
 def block_size(device: torch.device) -> int:
@@ -124,16 +122,6 @@ def attention(
     with torch.autocast(q.device.type, enabled=False):
         o, to, _ = _Attention.apply(q, k, v, tq, tk, tv, *options)
     return o if to is None else forward_ad.make_dual(o, to)
-
-
-class ForwardModeAttention(TorchFunctionMode):
-    """Within it, every `F.scaled_dot_product_attention` is the `attention` of this file."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call a function of torch, or ours in place of the one."""
-        return (attention if func is functional.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
 def _unpack(tensor: Tensor) -> tuple[Tensor, Tensor | None]:

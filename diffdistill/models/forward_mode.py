@@ -1,4 +1,8 @@
-"""Forward-mode derivatives of denoisers: `math.jvp` with the attention that has them."""
+"""Forward-mode derivatives of denoisers: `math.jvp` of what a network says, by the attention that has them.
+
+Nothing is switched here: a network's `Attention`, where it is left to `auto`, hands what carries a tangent to `forward_attention`, and the
+ordinary passes of finite differences to the kernel of every other pass.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from diffdistill.math.jvp import Backend, Jvp, check_tangent, jvp
 from diffdistill.math.prediction import Prediction
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser, OfNetwork
-from diffdistill.models.forward_attention import ForwardModeAttention
 
 Read = Callable[[Prediction], Tensor]
 
@@ -51,7 +54,7 @@ def denoiser_jvp(
     def function(x_t: Tensor, t: Tensor) -> Tensor:
         return read(denoiser(x_t, t, cond))
 
-    return jvp(function, x_t, t, vx, vt, backend=backend, step=step, value=value, attention=ForwardModeAttention)
+    return jvp(function, x_t, t, vx, vt, backend=backend, step=step, value=value)
 
 
 def check_forward_mode(denoiser: OfNetwork, cond: Condition) -> None:
@@ -74,7 +77,7 @@ def check_forward_mode(denoiser: OfNetwork, cond: Condition) -> None:
         return raw(wide(x_t, t, cond))
 
     try:
-        check_tangent(function, x_t, t, vx, attention=ForwardModeAttention)
+        check_tangent(function, x_t, t, vx)
     except ValueError as error:
         raise UserError(f"{type(denoiser.network).__name__}: {error}") from error
 

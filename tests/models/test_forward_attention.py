@@ -12,12 +12,11 @@ import torch
 from attention_cases import F64, draw, gradients_of, halves, mask_of, math_attention, pair, relative
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.memory import LiveBytes
 from diffdistill.models import forward_attention
-from diffdistill.models.forward_attention import ForwardModeAttention, attention
+from diffdistill.models.forward_attention import attention
 
 
 @pytest.fixture
@@ -251,23 +250,6 @@ def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch, backwar
     assert long < 2 * short
     if not backward:  # the inside of math attention's own backward is not seen
         assert peak(math_attention, 1024) > 3.5 * peak(math_attention, 512) > 10 * short
-
-
-def test_the_context_puts_it_in_place_of_sdpa_and_nothing_else():
-    primals, tangents = halves(draw(1, 2, 11, 13, 8))
-
-    def network(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(q.sin(), k, v, attn_mask=None, dropout_p=0.0, is_causal=False)
-
-    with pytest.raises(NotImplementedError):  # what the default kernels say
-        pair(network, primals, tangents)
-    with ForwardModeAttention():
-        actual = pair(network, primals, tangents)
-    torch.testing.assert_close(
-        actual, pair(lambda q, k, v: math_attention(q.sin(), k, v), primals, tangents), rtol=0, atol=1e-13
-    )
-    with pytest.raises(NotImplementedError):
-        pair(network, primals, tangents)
 
 
 Q, K, V = draw(1, 2, 5, 7, 4)[:3]

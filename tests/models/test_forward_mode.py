@@ -113,6 +113,7 @@ def test_the_derivative_is_that_of_a_central_difference(name: str):
     with torch.no_grad():
         ordinary = denoiser(*point[:3]).raw
     torch.testing.assert_close(exact.value, ordinary, rtol=0, atol=1e-12)
+    assert {choice.name == "forward" for call, choice in denoiser.attention.choices.items() if call.tangent} == {True}
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
