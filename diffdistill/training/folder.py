@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,9 +20,10 @@ import yaml
 from diffdistill.config import RunConfig, dump_config
 from diffdistill.errors import UserError
 from diffdistill.files import hash_json, remove_leftovers, write_atomic, write_json
-from diffdistill.training import checkpoint
+from diffdistill.training import checkpoint, layout
 from diffdistill.yaml_files import read_yaml
 
+LOCK_WAITS_SEC = (0.02, 0.05, 0.1)
 LIBRARIES = ("diffdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 FREE = ("output", "parallel")
@@ -32,14 +35,14 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
-        self.environment = path / "environment.json"
-        self.metrics = path / "metrics.jsonl"
-        self.tensorboard = path / "tensorboard"
-        self.samples = path / "samples"
-        self.checkpoints = path / "checkpoints"
-        self.pairs = path / "pairs.safetensors"
-        self.trajectories = path / "trajectories.safetensors"
+        self.config = path / layout.CONFIG
+        self.environment = path / layout.ENVIRONMENT
+        self.metrics = path / layout.METRICS
+        self.tensorboard = path / layout.TENSORBOARD
+        self.samples = path / layout.SAMPLES
+        self.checkpoints = path / layout.CHECKPOINTS
+        self.pairs = path / layout.PAIRS
+        self.trajectories = path / layout.TRAJECTORIES
         self._lock: IO[str] | None = None
 
     @property
@@ -60,7 +63,7 @@ class RunFolder:
             UserError: another run, other files, or a config that differs; names every differing field.
         """
         if not self.config.is_file():
-            if self.path.is_dir() and any(path.name != "lock" for path in self.path.iterdir()):
+            if self.path.is_dir() and any(path.name != layout.LOCK for path in self.path.iterdir()):
                 raise UserError(f"{self.path} holds files that are not of a run. Choose another output.")
             return
         if not self.has_begun:
@@ -104,16 +107,16 @@ class RunFolder:
             UserError: another process trains in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+        handle = open(self.path / layout.LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it, however the process ends
+            _take(handle)
         except BlockingIOError as error:
             handle.seek(0)
             owner = handle.read().strip() or "another process"
             handle.close()
             raise UserError(f"{owner} is training in {self.path}. Wait for it, stop it, or choose another output.") from error
         handle.truncate(0)
-        handle.write(f"process {os.getpid()}\n")
+        handle.write(f"process {os.getpid()} on {platform.node()}\n")
         handle.flush()
         self._lock = handle
 
@@ -146,18 +149,29 @@ class RunFolder:
         """Return the environments in which the run was started and resumed so far; none before it has begun."""
         return json.loads(self.environment.read_bytes()) if self.has_begun and self.environment.is_file() else []
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl, without one cut short by a kill."""
+        found = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and one cut short by a kill, so that a resumed run writes none twice."""
-        if not self.metrics.is_file():
+        if self.metrics.is_file():
+            kept = [line for line in self.lines() if line["step"] <= step]
+            write_atomic(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _take(handle: IO[str]) -> None:
+    """Lock a file; the system frees it, however the process ends. Tries again for a moment: `watch` may be looking at it."""
+    for wait in LOCK_WAITS_SEC:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:
-                continue
-        write_atomic(self.metrics, "".join(f"{line}\n" for line in kept))
+        time.sleep(wait)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:

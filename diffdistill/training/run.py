@@ -33,13 +33,15 @@ from diffdistill.training.building import (
 from diffdistill.training.checkpoint import Checkpoint
 from diffdistill.training.conditions import Conditions
 from diffdistill.training.data_feed import build_source, micro_batch_size, resumed_micro_batch_size
+from diffdistill.training.detectors import Alarms
 from diffdistill.training.engine import Engine
-from diffdistill.training.folder import RunFolder, config_hash
+from diffdistill.training.folder import RunFolder, comparable, config_hash
 from diffdistill.training.lifeline import Lifeline
 from diffdistill.training.loading import load_roles, stored_roles
 from diffdistill.training.memory_auto import Choice, available, choose, least_room
 from diffdistill.training.optimizers import learning_rate, require_package
 from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
+from diffdistill.training.outcome import recorded
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress, peak_memory_gib
 from diffdistill.training.sharding import check_parallel
@@ -98,6 +100,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> Run
             folder.lock()
             stack.callback(folder.unlock)
             folder.check(config, resume)
+            stack.enter_context(recorded(folder))
         signals = stack.enter_context(StopSignals())
         stack.enter_context(torch.random.fork_rng(devices))  # the engine seeds the global generators
         run = _Run(config, folder, accelerator, signals, progress and accelerator.is_main_process, choice)
@@ -267,6 +270,7 @@ class _Run:
         self.shadow = build_shadow(self.config, self.roles)
         if self.is_main:
             self.folder.cut_metrics(self.done)
+            self.alarms = Alarms(comparable(self.config), self.folder.lines())
         self.tracker = Tracker(self.folder, self.config.logging.tensorboard, self.done) if self.is_main else None
         self.progress = Progress(self.config.total_steps, self.done, self.show, planned=planned_pauses(self.config))
 
@@ -403,7 +407,10 @@ class _Run:
                 "seconds_left": self.progress.seconds_left,
                 "peak_memory_gib": peak_memory_gib(),
             }
-            self.tracker.log(self.done, {**self.last, **timed})
+            found, new = self.alarms.look({"step": self.done, **self.last, **timed})
+            self.tracker.log(self.done, {**self.last, **timed, **({"warnings": found} if found else {})})
+            for alert in new:
+                self.progress.say(f"step {self.done}  warning: {alert.says} {alert.remedy}")
 
     def _look(self, stage: StageConfig, engine: Engine, looks: Sequence[str]) -> tuple[dict[str, float], list[str]]:
         """Make samples, and scores; return the scores, and what a signal has cut off."""
@@ -433,6 +440,7 @@ class _Run:
             return
         picture = self.preview.save(self.folder.samples / f"{checkpoint.name(self.done)}.png", images)
         self.tracker.log(self.done, figures)
+        self.alarms.add({"step": self.done, **figures})
         self.tracker.image(self.done, "samples: teacher above student", picture[:3])
 
     def _validate(self, engine: Engine) -> dict[str, float]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffdistill.training.detectors import as_recorded
 from diffdistill.training.folder import RunFolder
 
 
@@ -28,13 +28,10 @@ class Tracker:
 
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1 if first_step else None)
 
-    def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write values after `step` steps; a number that is not finite becomes null, which JSON can hold."""
-        record = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-        }
         with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **record}) + "\n")
+            handle.write(json.dumps({"step": step, **as_recorded(values)}) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):

@@ -335,7 +335,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(teacher, tmp_path):
     holder = RunFolder(tmp_path / "run")
     holder.lock()
     config = run_config(teacher, tmp_path / "run", steps=1)
-    with pytest.raises(UserError, match=rf"process {os.getpid()} is training in .*run"):
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ is training in .*run"):
         train(config, progress=False)
     holder.unlock()
     assert train(config, progress=False).step == 1

@@ -1,0 +1,12 @@
+"""What lies in the folder of a run, by name; loads nothing, so that who only looks need not load torch."""
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+SAMPLES = "samples"
+CHECKPOINTS = "checkpoints"
+PAIRS = "pairs.safetensors"
+TRAJECTORIES = "trajectories.safetensors"
+LOCK = "lock"
+OUTCOME = "outcome.json"
