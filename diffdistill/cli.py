@@ -120,6 +120,36 @@ def train(config: Path, /, *overrides: str, resume: bool = False) -> int:
     return 0
 
 
+@app.command(sort_key=3)
+def watch(
+    run: Path,
+    /,
+    *,
+    once: bool = False,
+    refresh: float = 5.0,
+    html: bool = False,
+    port: int | None = None,
+    output: Output | None = None,
+    json: Json = False,
+) -> int:
+    """Watch a run, here or on a mounted disk: losses, drift guards, FID, time left, and warnings with what to do about them.
+
+    Ctrl-C ends the watching, not the run.
+
+    Args:
+        run: run folder; the run may be going on, stopped, finished or killed.
+        once: show it once; so it is where the output is no terminal.
+        refresh: seconds between two looks.
+        html: show it as a web page with the samples, at an address that only this machine can open.
+        port: of the web page; a free one when left out.
+        output: write the web page to this file instead, again at every look.
+    """
+    from diffdistill.watch.run import watch as show
+
+    show(run, once=once, refresh_sec=refresh, html=html, port=port, output=output, as_json=json)
+    return 0
+
+
 @app.command(sort_key=4)
 def teacher(config: Path, /, *, output: Output) -> int:
     """Train a small teacher, autoencoder or classifier from a config such as configs/teachers/digits-unet.yaml.

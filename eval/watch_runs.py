@@ -53,13 +53,13 @@ BROKEN: dict[str, tuple[str, ...]] = {
         "stages.0.method.gan={features: fake, generator_weight: 100.0, discriminator_weight: 10.0}",
         "stages.0.optimizers.head={lr: 1.0e-3}",
     ),
-    "gan-strong": (
+    "gan-lost": (
         "digits-dmd2",
-        "stages.0.steps=300",
+        "stages.0.steps=160",
         "data={kind: digits}",
-        "stages.0.method.student_every=50",
         "stages.0.method.gan={features: fake, generator_weight: 1.0, discriminator_weight: 10.0}",
         "stages.0.optimizers.head={lr: 1.0e-3}",
+        "stages.0.optimizers.student.lr=0.1",
     ),
     "lr-huge": ("digits-consistency", "stages.0.steps=160", "stages.0.optimizers.student.lr=0.3"),
     "lr-huge-dmd2": ("digits-dmd2", "stages.0.steps=160", "stages.0.optimizers.student.lr=0.1"),

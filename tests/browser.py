@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -15,6 +16,33 @@ from typing import Any, NamedTuple
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 60  # for an answer: the machine may be busy
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+# Which elements reach out of the window although nothing around them scrolls; which pictures have no pixels; whether a script ran.
+FINDINGS = """(() => {
+  document.querySelectorAll('details').forEach(element => { element.open = true; });
+  const scrolls = element => element && (getComputedStyle(element).overflowX !== 'visible' || scrolls(element.parentElement));
+  const name = element => element.tagName + '.' + element.className + ': ' + element.textContent.slice(0, 60);
+  const all = [...document.body.querySelectorAll('*')];
+  const visible = all.filter(element => element.getBoundingClientRect().width > 0);
+  return {
+    scroll_width: document.documentElement.scrollWidth,
+    width: document.documentElement.clientWidth,
+    outside: visible.filter(element => {
+      const box = element.getBoundingClientRect();
+      return (box.right > innerWidth + 1 || box.left < -1) && !scrolls(element.parentElement);
+    }).map(name),
+    missing: [...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt),
+    unseen: [...document.images].filter(image => image.getBoundingClientRect().width < 20).map(image => image.alt),
+    pictures: document.images.length,
+    tiny: visible.filter(element => element.tagName === 'text' && element.getBoundingClientRect().height < 8).map(name),
+    title: document.title,
+    ground: getComputedStyle(document.body).backgroundColor,
+    ink: getComputedStyle(document.body).color,
+    drawn: getComputedStyle(document.querySelector('.chart text')).fill,
+    prompts: [...document.querySelectorAll('.prompts li')].map(item => item.textContent),
+  };
+})()"""
 
 
 def find() -> str | None:
@@ -79,19 +107,34 @@ class Browser:
         os.close(self.answers)
         self.profile.cleanup()
 
-    def open(self, page: Path, width: int, height: int, is_dark: bool, expression: str) -> Seen:
-        """Show a page in a window of this size and theme, and evaluate an expression in it."""
+    def open(self, page: Path | str, width: int, height: int, is_dark: bool, expression: str) -> Seen:
+        """Show a file or an address in a window of this size and theme, and evaluate an expression in it."""
         self.events.clear()
+        self.address = page if isinstance(page, str) else page.as_uri()
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         theme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[theme])
-        self.ask("Page.navigate", url=page.as_uri())
+        self.ask("Page.navigate", url=self.address)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self.next_message())
+        return self.see(expression)
+
+    def see(self, expression: str) -> Seen:
+        """Evaluate an expression in the page that is shown, and return what happened since it was opened."""
         answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"])
-        return Seen(self._errors(), self._requests(page), answer["result"].get("value"))
+        return Seen(self._errors(), self._requests(), answer["result"].get("value"))
+
+    def see_in_time(self, expression: str, wanted: Any) -> Seen:
+        """Evaluate an expression again and again, as the page loads itself anew, until it gives what is wanted or time is up."""
+        end = time.monotonic() + SECONDS
+        while True:
+            with contextlib.suppress(RuntimeError):  # the page was just on its way
+                seen = self.see(expression)
+                if seen.value == wanted or time.monotonic() > end:
+                    return seen
+            time.sleep(0.1)
 
     def screenshot(self, file: Path) -> None:
         """Write the whole page as PNG."""
@@ -140,6 +183,6 @@ class Browser:
                 found.append(parameters["entry"]["text"])
         return found
 
-    def _requests(self, page: Path) -> list[str]:
+    def _requests(self) -> list[str]:
         urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if url != page.as_uri() and not url.startswith("data:")]
+        return [url for url in urls if url != self.address and not url.startswith("data:")]

@@ -39,6 +39,7 @@ SURFACE = ENGINE | {
     "api",
     "quickstart",
     "bench",
+    "watch",
 }
 
 # Every part of the house and what it may import; a new module belongs to a part, or gets a line here.
@@ -62,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "training.sharding": MODELS,
     "config": DISTILLERS | READING | {"training.optimizers", "training.sharding"},
     "training": ENGINE | {"memory"},
+    "watch": READING | {"errors", "files", "evaluation", "training"},
     "recipes": BASE,
     "listing": SURFACE,
     "doctor": SURFACE,
@@ -186,7 +188,15 @@ def loaded_after(statement: str) -> set[str]:
     return set(run_python(f"import sys; {statement}; print(*[m for m in {heavy} if m in sys.modules])").split())
 
 
-@pytest.mark.parametrize("statement", ["import diffdistill", "import diffdistill.cli", "import diffdistill.recipes"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import diffdistill",
+        "import diffdistill.cli",
+        "import diffdistill.recipes",
+        "from diffdistill.watch import page, server, terminal",
+    ],
+)
 def test_import_loads_nothing_heavy(statement):
     assert loaded_after(statement) == set()
 

@@ -455,7 +455,7 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "discriminator",
         logit_gap,
-        6.0,
+        4.0,
         "above",
         "The discriminator tells images from samples by {figure} logits (limit {threshold}) and teaches the student little.",
         lambda stage, of: _weaker_discriminator(stage),

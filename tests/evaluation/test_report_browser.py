@@ -24,33 +24,6 @@ PROMPTS = [
     "unbroken" * 63,
     "a painting of " + "very " * 96 + "old clocks",
 ]
-WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-
-# Which elements reach out of the window although nothing around them scrolls; which pictures have no pixels; whether a script ran.
-FINDINGS = """(() => {
-  document.querySelectorAll('details').forEach(element => { element.open = true; });
-  const scrolls = element => element && (getComputedStyle(element).overflowX !== 'visible' || scrolls(element.parentElement));
-  const name = element => element.tagName + '.' + element.className + ': ' + element.textContent.slice(0, 60);
-  const all = [...document.body.querySelectorAll('*')];
-  const visible = all.filter(element => element.getBoundingClientRect().width > 0);
-  return {
-    scroll_width: document.documentElement.scrollWidth,
-    width: document.documentElement.clientWidth,
-    outside: visible.filter(element => {
-      const box = element.getBoundingClientRect();
-      return (box.right > innerWidth + 1 || box.left < -1) && !scrolls(element.parentElement);
-    }).map(name),
-    missing: [...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt),
-    unseen: [...document.images].filter(image => image.getBoundingClientRect().width < 20).map(image => image.alt),
-    pictures: document.images.length,
-    tiny: visible.filter(element => element.tagName === 'text' && element.getBoundingClientRect().height < 8).map(name),
-    title: document.title,
-    ground: getComputedStyle(document.body).backgroundColor,
-    ink: getComputedStyle(document.body).color,
-    drawn: getComputedStyle(document.querySelector('.chart text')).fill,
-    prompts: [...document.querySelectorAll('.prompts li')].map(item => item.textContent),
-  };
-})()"""
 
 
 def report() -> ReportData:
@@ -96,13 +69,13 @@ def chromium():
 
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", browser.WIDTHS)
 def test_the_page_is_whole(page, chromium, width, is_dark):
-    seen = chromium.open(page, *WIDTHS[width], is_dark, FINDINGS)
+    seen = chromium.open(page, *browser.WIDTHS[width], is_dark, browser.FINDINGS)
     assert seen.errors == []
     assert seen.requests == []
     found = seen.value
-    assert found["width"] == WIDTHS[width][0]
+    assert found["width"] == browser.WIDTHS[width][0]
     assert found["scroll_width"] <= found["width"]
     assert (found["outside"], found["missing"], found["unseen"], found["tiny"]) == ([], [], [], [])
     assert found["pictures"] == 2 + 5 * 3 + 5 * 3 + 10
@@ -122,7 +95,7 @@ def test_the_page_is_whole(page, chromium, width, is_dark):
 )
 def test_harm_is_seen(page, chromium, harm, finding):
     wait = "new Promise(done => setTimeout(done, 200))"
-    assert chromium.open(page, 390, 844, False, f"{harm}; {wait}.then(() => {FINDINGS})").value[finding]
+    assert chromium.open(page, 390, 844, False, f"{harm}; {wait}.then(() => {browser.FINDINGS})").value[finding]
 
 
 def test_scripts_and_requests_are_seen(tmp_path, chromium):
