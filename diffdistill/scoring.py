@@ -316,8 +316,25 @@ def write_evaluations(
         tiles=result_tiles(results),
         pictures=Pictures() if pictures is None else pictures,
         command=command,
+        remarks=warned_of(Path(name)),
     )
     return write_report(data, folder)
+
+
+def warned_of(run: Path) -> list[str]:
+    """Return what a run warned of while it trained, as sentences; nothing of what is no run folder."""
+    from diffdistill.training import layout
+    from diffdistill.training.detectors import said
+    from diffdistill.watch.tail import Tail
+    from diffdistill.yaml_files import read_yaml
+
+    if not (run / layout.CONFIG).is_file():
+        return []
+    tail = Tail(run / layout.METRICS)
+    tail.update()
+    return [
+        f"While it trained, at step {alert.step:,}: {alert.says}" for alert in said(tail.lines, read_yaml(run / layout.CONFIG))
+    ]
 
 
 def size_fits(results: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -347,7 +364,8 @@ def write_sweep(run: str | Path, sweep: Mapping[str, Mapping[str, Evaluation]], 
         for evaluation in by_steps.values()
     ]
     title, summary = f"Checkpoints of {run}", _summary(results[0].evaluation)
-    return write_report(ReportData(title, results, summary, result_tiles(results[-1:]), command=command), folder)
+    tiles, remarks = result_tiles(results[-1:]), warned_of(Path(run))
+    return write_report(ReportData(title, results, summary, tiles, command=command, remarks=remarks), folder)
 
 
 def write_comparison(

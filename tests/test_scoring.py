@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 import yaml
+from evaluations import evaluation, summary
+from fake_runs import lines, write_run
 
 from diffdistill import scoring
 from diffdistill.errors import UserError
@@ -92,12 +94,23 @@ def test_what_is_written_is_read_back_with_the_values_of_single_images(quick, tm
     scoring.write_evaluations("digits-unet", quick, tmp_path)
     found = scoring.load_evaluations(tmp_path)
     assert list(found) == [str(tmp_path / "steps-1"), str(tmp_path / "steps-2")]
-    for name, evaluation in quick.items():
+    for name, each in quick.items():
         again = found[str(tmp_path / name)]
-        assert again == evaluation
-        for key, values in evaluation.arrays().items():
+        assert again == each
+        for key, values in each.arrays().items():
             assert torch.equal(again.arrays()[key], values)
     damaged = tmp_path / "steps-1.json"
     damaged.write_text(json.dumps({**json.loads(damaged.read_text()), "schema": 1}))
     with pytest.raises(UserError, match="steps-1.json: not an evaluation of schema 2"):
         scoring.load_evaluation(damaged)
+
+
+def test_a_report_of_a_run_repeats_what_the_run_warned_of(tmp_path):
+    late = lambda line: {**line, "drift/fake_lag": 1.5} if "drift/contrast" in line else line  # noqa: E731
+    broken = [{**line, "warnings": ["fake_lag"]} if line["step"] > 200 else line for line in lines(change=late)]
+    run = write_run(tmp_path / "<b>run</b>", broken)
+    said = "While it trained, at step 210: The fake network is 1.5 times as wrong"
+    assert [text.startswith(said) for text in scoring.warned_of(run)] == [True]
+    assert scoring.warned_of(tmp_path) == [] == scoring.warned_of(write_run(tmp_path / "healthy", lines()))
+    page = scoring.write_evaluations(str(run), {"steps-4": evaluation({"fid": summary(3.0)}, 4)}, tmp_path / "out").read_text()
+    assert page.count(said) == 1 and "<b>run" not in page

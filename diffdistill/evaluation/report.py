@@ -48,6 +48,7 @@ class ReportData:
 
     Attributes:
         title: heading of the page. summary: a sentence below it, '' for none.
+        remarks: what else must be known before anything is believed.
         results: the evaluations, in the order shown. tiles: what of them is shown large above the table.
         pictures: what the images look like.
         size_fits: by value, e.g. fid, and by name of the result: the value of fewer images, and its limit.
@@ -70,6 +71,7 @@ class ReportData:
     how_to_load: str = ""
     verification: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
     @property
     def is_invalid(self) -> bool:
@@ -83,6 +85,7 @@ class ReportData:
             "title": self.title,
             "summary": self.summary,
             "command": self.command,
+            "remarks": list(self.remarks),
             "results": [{**result._asdict(), "evaluation": result.evaluation.to_json()} for result in self.results],
             "tiles": [tile._asdict() for tile in self.tiles],
             "size_fits": {
@@ -158,7 +161,7 @@ def _shown(data: ReportData) -> dict[str, Any]:
         "results_table": report_tables.results_table(results) if results else None,
         "tables": [*data.tables, *report_tables.part_tables(results), *report_tables.class_tables(results)],
         "all_values": report_tables.all_values_table(results) if results else None,
-        "notes": _notes(results),
+        "notes": [*((text, "") for text in data.remarks), *_notes(results)],
         "skipped": _skipped(results),
         "legend": _legend(charts),
         "charts": [draw(chart) for chart in charts],

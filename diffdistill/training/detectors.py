@@ -133,6 +133,15 @@ def alerts(lines: Sequence[Line], config: Mapping[str, Any]) -> list[Alert]:
     return [alert for detector in DETECTORS if (alert := detector.look(stage)) is not None]
 
 
+def said(lines: Sequence[Line], config: Mapping[str, Any]) -> list[Alert]:
+    """Return what `train` has warned of in these lines, each sign as it was at first."""
+    found: dict[str, Alert] = {}
+    for index, line in enumerate(lines):
+        if set(line.get("warnings", ())) - found.keys():
+            found |= {alert.name: alert for alert in alerts(lines[: index + 1], config) if alert.name not in found}
+    return list(found.values())
+
+
 class Alarms:
     """What `train` says of its own lines: every sign once.
 
@@ -230,6 +239,15 @@ def logit_gap(stage: Stage) -> Reading | None:
     pairs = zip(*(stage.series.get(f"fake/logit_{of}", ())[-LATELY:] for of in ("real", "fake")), strict=True)
     gaps = [real - fake for real, fake in pairs]
     return Reading(median(gaps)) if len(gaps) == LATELY else None
+
+
+def adversarial_share(stage: Stage) -> Reading | None:
+    """Return the share of the student's loss that is not the matching loss but the adversarial one, the median of the latest lines."""
+    lines = [line for line in stage.logged if line.get("student/adversarial") is not None and line.get("student/total")][
+        -LATELY:
+    ]
+    shares = [1 - line["student/matching"] / line["student/total"] for line in lines]
+    return Reading(median(shares)) if len(shares) == LATELY else None
 
 
 def _growth(values: Sequence[float]) -> float | None:
@@ -459,6 +477,14 @@ DETECTORS: tuple[Detector, ...] = (
         "above",
         "The discriminator tells images from samples by {figure} logits (limit {threshold}) and teaches the student little.",
         lambda stage, of: _weaker_discriminator(stage),
+    ),
+    Detector(
+        "adversarial_share",
+        adversarial_share,
+        0.9,
+        "above",
+        "The adversarial loss is {figure} of the student's (limit {threshold}): the teacher has hardly a say.",
+        lambda stage, of: f"Lower {stage.place('method.gan.generator_weight')}.",
     ),
     Detector(
         "explosion",

@@ -8,7 +8,7 @@ import fake_runs
 import pytest
 from fake_runs import config, lines
 
-from diffdistill.training.detectors import DETECTORS, Alarms, alerts, stage_of
+from diffdistill.training.detectors import DETECTORS, Alarms, alerts, said, stage_of
 
 AT_LAST = 270  # from here on something is wrong in these tests, where it comes late
 
@@ -55,6 +55,11 @@ BROKEN = {
     "broken_fake": (grid(fake_lag=3.0), 3.0, ["Lower stages.0.optimizers.fake.lr (now 0.001) to a third"]),
     "idle_fake": (grid(fake_lag=1.0001), 1e-4, ["Raise stages.0.optimizers.fake.lr (now 0.001)"]),
     "discriminator": (late(fake__logit_real=6.0, fake__logit_fake=-5.0), 11.0, ["optimizers.head.lr", "gan.generator_weight"]),
+    "adversarial_share": (
+        late(student__matching=0.01, student__adversarial=0.7),
+        1 - 0.01 / 0.5,
+        ["Lower stages.0.method.gan.generator_weight (now 0.001)"],
+    ),
     "explosion": (late(fake__grad_norm_fake=200.0), 100.0, ["Lower stages.0.optimizers.fake.lr (now 0.001) to a third"]),
     "not_moving": (grid(contrast=0.68, diversity=0.4), 0.0, ["Raise stages.0.optimizers.student.lr", "ema.decay (now 0.999)"]),
     "skipped_steps": (skipping, 5 / 90, ["Lower stages.0.optimizers.student.lr"]),
@@ -151,15 +156,15 @@ def test_each_stage_is_looked_at_by_itself():
 
 def test_train_says_each_sign_once_and_a_resumed_run_not_again():
     broken = lines(change=grid(fake_lag=1.5))
-    said, alarms = [], Alarms(config(), [])
+    printed, alarms = [], Alarms(config(), [])
     for line in broken:
         if is_grid(line):
             alarms.add(line)
         else:
             names, new = alarms.look(line)
-            said += [(line["step"], alert.name) for alert in new]
+            printed += [(line["step"], alert.name) for alert in new]
             line.update({"warnings": names} if names else {})
-    assert said == [(210, "fake_lag")]
+    assert printed == [(210, "fake_lag")] == [(alert.step, alert.name) for alert in said(broken, config())]
     assert [line["step"] for line in broken if line.get("warnings") == ["fake_lag"]] == list(range(210, 301, 10))
     assert Alarms(config(), broken).look(fake_runs.healthy(310)) == (["fake_lag"], [])
 
