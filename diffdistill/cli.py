@@ -557,16 +557,19 @@ def bench(
     from diffdistill.bench.check import worse
     from diffdistill.bench.page import page
     from diffdistill.bench.run import bench as run
+    from diffdistill.files import write_atomic
 
     _folder(output)
     kept = results.read_kept(results.COMMITTED if against is None else against) if check else {}
-    found = run(
-        parts, teachers, methods, layouts, batch, seconds, overrides, lambda text: print(text, file=sys.stderr, flush=True)
-    )
-    if output is not None:
-        from diffdistill.files import write_atomic
 
-        write_atomic(output / "performance.md", page(results.write(output / results.FILE, found)))
+    def keep(found: results.Results) -> None:
+        if output is not None:
+            write_atomic(output / "performance.md", page(results.write(output / results.FILE, found)))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = run(parts, teachers, methods, layouts, batch, seconds, overrides, say, keep)
     _print_json(found.model_dump(mode="json")) if json else print(page({found.machine.device: found}))
     lines = worse(results.of_kind(kept, found.machine), found) if check else []
     for line in lines:

@@ -139,6 +139,11 @@ class Refused(_Row):
     layout: str
     reason: str
 
+    @property
+    def key(self) -> str:
+        """Name of the cell."""
+        return f"{self.teacher} {self.method} {self.layout}"
+
 
 class Results(_Row):
     """All tables of one machine.
@@ -177,7 +182,7 @@ def _revision() -> str:
     return done.stdout.strip()
 
 
-Keyed = TypeVar("Keyed", StepRow, SampleRow, StartRow, OverheadRow)
+Keyed = TypeVar("Keyed", StepRow, SampleRow, StartRow, OverheadRow, Refused)
 
 
 def merged(old: Results, new: Results) -> Results:
@@ -188,14 +193,15 @@ def merged(old: Results, new: Results) -> Results:
         kept = {row.key: fresh.pop(row.key, row) for row in before}
         return (*kept.values(), *fresh.values())
 
-    refused = {(row.teacher, row.method, row.layout): row for row in (*old.refused, *new.refused)}
+    measured = {row.key for row in new.steps}
+    refused = tuple(row for row in old.refused if row.key not in measured)
     return new.model_copy(
         update={
             "steps": rows(old.steps, new.steps),
             "samples": rows(old.samples, new.samples),
             "starts": rows(old.starts, new.starts),
             "overhead": rows(old.overhead, new.overhead),
-            "refused": tuple(refused.values()),
+            "refused": rows(refused, new.refused),
         }
     )
 

@@ -13,7 +13,7 @@ import torch
 
 from diffdistill.bench import matrix
 from diffdistill.bench.overhead import measure_overhead
-from diffdistill.bench.results import Refused, Results, SampleRow, StepRow, machine
+from diffdistill.bench.results import OverheadRow, Refused, Results, SampleRow, StartRow, StepRow, machine
 from diffdistill.bench.sampling import measure_samples
 from diffdistill.bench.starts import measure_starts
 from diffdistill.bench.steps import measure_step
@@ -21,7 +21,7 @@ from diffdistill.device import usual_device
 from diffdistill.errors import UserError, unknown_name
 
 PARTS = ("steps", "samples", "starts", "overhead")
-Say = Callable[[str], None]
+Row = StepRow | SampleRow | StartRow | OverheadRow | Refused
 
 
 def bench(
@@ -32,7 +32,8 @@ def bench(
     batch: int | None = None,
     seconds: float = 10.0,
     overrides: Sequence[str] = (),
-    say: Say = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[Results], object] = lambda found: None,
 ) -> Results:
     """Measure what is asked for and return the tables.
 
@@ -42,6 +43,7 @@ def bench(
         seconds: for the timed rounds of each row.
         overrides: further settings of the runs whose steps and samples are measured, "a.b=c" each.
         say: told of each row.
+        keep: given all tables so far after each row.
     Raises:
         UserError: a name that is not known, or nothing that can be measured.
     """
@@ -52,26 +54,17 @@ def bench(
         raise UserError(f"batch must be at least 1; got {batch}.")
     if seconds <= 0:
         raise UserError(f"seconds must be positive; got {seconds:g}.")
-    device, chosen = usual_device(), parts or PARTS
+    device = usual_device()
     asked = matrix.cells(teachers or (matrix.ON_GPU if device.type == "cuda" else matrix.ON_CPU), methods, layouts, batch)
     with _one_thread(device), tempfile.TemporaryDirectory(prefix="diffdistill-bench-") as folder:
-        steps, refused = _steps(asked, seconds, overrides, say) if "steps" in chosen else ([], [])
-        samples = _samples(asked, seconds, overrides, say) if "samples" in chosen else []
-        starts = _told(measure_starts(Path(folder)), say) if "starts" in chosen else []
-        overhead = _told(measure_overhead(Path(folder)), say) if "overhead" in chosen else []
-        if refused and not steps:
-            raise UserError(
-                "\n".join(f"{row.teacher} {row.method} {row.layout} cannot be measured: {row.reason}" for row in refused)
-            )
-        return Results(
-            machine=machine(device),
-            command=_command(seconds, batch, overrides),
-            steps=tuple(steps),
-            samples=tuple(samples),
-            starts=tuple(starts),
-            overhead=tuple(overhead),
-            refused=tuple(refused),
-        )
+        found = Results(machine=machine(device), command=_command(seconds, batch, overrides))
+        for table, row in _rows(parts or PARTS, asked, seconds, overrides, Path(folder)):
+            found = found.model_copy(update={table: (*getattr(found, table), row)})
+            say(_text(row))
+            keep(found)
+    if found.refused and not found.steps:
+        raise UserError("\n".join(map(_text, found.refused)))
+    return found
 
 
 def _command(seconds: float, batch: int | None, overrides: Sequence[str]) -> str:
@@ -80,42 +73,35 @@ def _command(seconds: float, batch: int | None, overrides: Sequence[str]) -> str
     return shlex.join(["diffdistill", "bench", *overrides, "--seconds", f"{seconds:g}", *size])
 
 
-def _steps(
-    asked: Sequence[matrix.Cell], seconds: float, overrides: Sequence[str], say: Say
-) -> tuple[list[StepRow], list[Refused]]:
-    rows, refused = [], []
-    for cell in asked:
-        try:
-            rows.append(measure_step(cell, seconds, overrides))
-            say(f"{cell.key}: step / floor {_text(rows[-1])}")
-        except UserError as error:
-            refused.append(Refused(teacher=cell.teacher, method=cell.method, layout=cell.layout, reason=str(error)))
-            say(f"{cell.key}: {error}")
-        _free()
-    return rows, refused
+def _rows(
+    parts: Sequence[str], asked: Sequence[matrix.Cell], seconds: float, overrides: Sequence[str], folder: Path
+) -> Iterator[tuple[str, Row]]:
+    """Measure one row after the other; each comes with the name of its table."""
+    if "steps" in parts:
+        for cell in asked:
+            try:
+                yield "steps", measure_step(cell, seconds, overrides)
+            except UserError as error:
+                yield "refused", Refused(teacher=cell.teacher, method=cell.method, layout=cell.layout, reason=str(error))
+            _free()
+    if "samples" in parts:
+        for teacher, layout, batch in dict.fromkeys((cell.teacher, cell.layout, cell.batch) for cell in asked):
+            for row in measure_samples(teacher, layout, batch, seconds, overrides):
+                yield "samples", row
+            _free()
+    if "starts" in parts:
+        yield from (("starts", row) for row in measure_starts(folder))
+    if "overhead" in parts:
+        yield from (("overhead", row) for row in measure_overhead(folder))
 
 
-def _samples(asked: Sequence[matrix.Cell], seconds: float, overrides: Sequence[str], say: Say) -> list[SampleRow]:
-    rows: list[SampleRow] = []
-    for teacher, layout, batch in dict.fromkeys((cell.teacher, cell.layout, cell.batch) for cell in asked):
-        rows += _told(measure_samples(teacher, layout, batch, seconds, overrides), say)
-        _free()
-    return rows
-
-
-def _told(rows: Iterator, say: Say) -> list:  # type: ignore[type-arg]
-    found = []
-    for row in rows:
-        say(f"{row.key}: {_text(row)}")
-        found.append(row)
-    return found
-
-
-def _text(row: object) -> str:
-    values = {name: value for name, value in vars(row).items() if isinstance(value, float)}
-    if hasattr(row, "ratio"):
-        values = {"ratio": row.ratio.median, "low": row.ratio.low, "high": row.ratio.high}
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def _text(row: Row) -> str:
+    """Return a row in one line."""
+    if isinstance(row, Refused):
+        return f"{row.teacher} {row.method} {row.layout} cannot be measured: {row.reason}"
+    if isinstance(row, StepRow | SampleRow):
+        return f"{row.key}: over its floor {row.ratio.median:.3f} ({row.ratio.low:.3f} to {row.ratio.high:.3f})"
+    return f"{row.key}: " + "  ".join(f"{name} {value:.4g}" for name, value in vars(row).items() if isinstance(value, float))
 
 
 @contextlib.contextmanager

@@ -153,7 +153,9 @@ def test_a_step_costs_little_above_its_passes():
 
 def test_an_image_takes_its_steps_and_no_more(monkeypatch):
     monkeypatch.setattr("diffdistill.bench.sampling.STEPS", (1, 4))
-    found = bench(["samples"], ["digits-unet"], layouts=["copies"], batch=1, seconds=0.01)
+    kept = []
+    found = bench(["samples"], ["digits-unet"], layouts=["copies"], batch=1, seconds=0.01, keep=kept.append)
+    assert [len(each.samples) for each in kept] == [1, 2, 3, 4] and kept[-1] == found
     assert [(row.rule, row.steps, row.passes) for row in found.samples] == [
         ("renoise", 1, 1),
         ("renoise", 4, 4),

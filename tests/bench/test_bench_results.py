@@ -8,7 +8,7 @@ from diffdistill.bench import matrix, results
 from diffdistill.bench.check import MEMORY_NOISE, NOISE, worse
 from diffdistill.bench.overhead import _over_a_run, _timed
 from diffdistill.bench.page import above, page, passes_text
-from diffdistill.bench.results import Machine, OverheadRow, PassRow, Results, SampleRow, StartRow, StepRow
+from diffdistill.bench.results import Machine, OverheadRow, PassRow, Refused, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.starts import first_step
 from diffdistill.bench.timing import Ratio
 from diffdistill.cli import main
@@ -108,6 +108,15 @@ def test_results_come_back_from_their_file_and_rows_that_are_not_new_stay(tmp_pa
     assert [(row.method, row.step_ms) for row in again.steps] == [("dmd2", 1.0), ("vsd", 210.0)]
 
 
+def test_a_cell_that_was_refused_and_is_measured_now_is_refused_no_more(tmp_path):
+    refused = (
+        Refused(teacher="digits-unet", method="dmd2", layout="shared", reason="no"),
+        Refused(teacher="digits-unet", method="lcm", layout="shared", reason="no"),
+    )
+    results.write(tmp_path / "bench.json", Results(machine=MACHINE, command="", refused=refused))
+    assert results.write(tmp_path / "bench.json", OLD)["a processor"].refused == refused[1:]
+
+
 def test_other_devices_stay_in_the_file(tmp_path):
     path = tmp_path / "bench.json"
     results.write(path, OLD)
@@ -191,8 +200,19 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         results.read(tmp_path / "bench.json")
 
 
+def measuring(monkeypatch, found: Results) -> None:
+    """Let the benchmark find these results."""
+
+    def bench(*arguments):
+        *_, keep = arguments
+        keep(found)
+        return found
+
+    monkeypatch.setattr("diffdistill.bench.run.bench", bench)
+
+
 def test_the_verb_writes_both_files_and_fails_where_something_got_worse(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("diffdistill.bench.run.bench", lambda *args, **kwargs: changed(STEP, memory=2.0))
+    measuring(monkeypatch, changed(STEP, memory=2.0))
     results.write(tmp_path / "old.json", OLD)
     command = ["bench", "--check", "--against", str(tmp_path / "old.json"), "-o", str(tmp_path / "out"), "--json"]
     assert main(command) == 1
@@ -201,7 +221,7 @@ def test_the_verb_writes_both_files_and_fails_where_something_got_worse(tmp_path
     assert json.loads(printed.out)["steps"][0]["memory"] == 2.0
     assert "| 2.00 |" in (tmp_path / "out" / "performance.md").read_text()
     assert results.read(tmp_path / "out" / "bench.json")["a processor"].steps[0].memory == 2.0
-    monkeypatch.setattr("diffdistill.bench.run.bench", lambda *args, **kwargs: OLD)
+    measuring(monkeypatch, OLD)
     assert main(command) == 0
 
 
