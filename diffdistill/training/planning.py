@@ -11,7 +11,7 @@ evaluations; and what kernels and the allocator keep for themselves.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -142,15 +142,21 @@ def turn_activations(
         trained = [parameter for role in turn.trains for parameter in roles.parameters(role)]
         for parameter in trained:  # from the second micro-batch on, the gradients of the first are there
             parameter.grad = torch.zeros_like(parameter) if accumulates else None
-        with LiveBytes() as live:
-            with _autocast(config.precision, device_type):
+        with LiveBytes() as live, _rules(device_type):  # in the backward pass, too: it may compute activations again
+            with _autocast(config.precision):
                 loss = distiller.loss(turn, batch, _rng(), step)
-            loss.total.backward()
+            _backward(loss.total)
         found[turn.name] = loaded + live.peak - (0 if accumulates else nbytes(trained))
         batch = replace(batch, carry={**batch.carry, **loss.carry})
         for parameter in trained:
             parameter.grad = None
     return found
+
+
+def _backward(total: Tensor) -> None:
+    """Do `total.backward()`, which is a function that modes see, and inside which they do not hold: what it recomputes would escape them."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward((total,), (torch.ones_like(total),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def empty_batch(teacher: Teacher, size: int, images: bool, pairs: bool = False, trajectories: bool = False) -> Batch:
@@ -207,7 +213,7 @@ class _CudaAutocast(TorchFunctionMode):
     ) -> Any:
         """Run a function, of the list on widened tensors."""
         kwargs = kwargs or {}
-        if func in _FLOAT32_ON_CUDA:
+        if func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -216,13 +222,14 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-@contextlib.contextmanager
-def _autocast(precision: str, device_type: str) -> Iterator[None]:
-    """Compute as the engine does at a precision on a kind of device."""
+def _rules(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Let autocast follow the rules of a kind of device."""
+    return _CudaAutocast() if device_type == "cuda" else contextlib.nullcontext()
+
+
+def _autocast(precision: str) -> contextlib.AbstractContextManager[object]:
+    """Compute as the engine does at a precision."""
     if precision == "fp32":
-        yield
-        return
+        return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    rules = _CudaAutocast() if device_type == "cuda" else contextlib.nullcontext()
-    with torch.autocast("cpu", dtype, cache_enabled=False), rules:
-        yield
+    return torch.autocast("cpu", dtype, cache_enabled=False)

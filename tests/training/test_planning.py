@@ -11,12 +11,13 @@ import text_pipelines
 import torch
 from test_text_runs import config, place  # noqa: F401 (a fixture)
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.checkpoint import checkpoint
 
 from diffdistill.config import RunConfig
 from diffdistill.memory import MemoryPlan
 from diffdistill.models.loading import load_teacher
 from diffdistill.training.building import open_stage, open_teacher
-from diffdistill.training.planning import _autocast, plan_memory
+from diffdistill.training.planning import _autocast, _backward, _rules, plan_memory
 
 DMD2 = {"name": "dmd2", "student_steps": 2, "guidance": 3.0, "student_every": 1}
 COPIES = {"layout": "copies"}
@@ -97,7 +98,20 @@ def test_the_autoencoder_has_a_row(pipelines, shared_plan):
 @pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
 def test_norms_are_float32_under_the_autocast_of_a_gpu_alone(device_type, dtype):
     x = torch.ones(2, 4, 4, 4, dtype=torch.bfloat16)
-    with _autocast("bf16", device_type):
+    with _rules(device_type), _autocast("bf16"):
         assert torch.nn.GroupNorm(2, 4).bfloat16()(x).dtype == dtype
         assert torch.nn.LayerNorm(4).bfloat16()(x).dtype == dtype
         assert torch.nn.Linear(4, 4)(x.float()).dtype == torch.bfloat16
+
+
+def test_what_is_recomputed_in_the_backward_pass_follows_the_autocast_of_a_gpu_as_well():
+    """Checkpointing refuses what comes back in another dtype."""
+    block = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).bfloat16()
+    seen = []
+    block[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    x = torch.ones(2, 4, requires_grad=True)
+    with _rules("cuda"):
+        with _autocast("bf16"):
+            out = checkpoint(block, x, use_reentrant=False)
+        _backward(out.sum())
+    assert seen == [torch.float32] * 2 and x.grad is not None
