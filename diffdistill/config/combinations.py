@@ -26,6 +26,7 @@ def problems(config: RunConfig) -> list[Problem]:
         *_pairs_problems(config),
         *_bucket_problems(config),
         *_parallel_problems(config),
+        *_compute_problems(config),
     ]
 
 
@@ -189,3 +190,34 @@ def _parallel_problems(config: RunConfig) -> Iterator[Problem]:
                 )
     if config.precision == "fp16":
         yield Problem("precision", "fp16 needs one loss scale for all processes, which parallel: fsdp does not keep. Set bf16.")
+
+
+def _compute_problems(config: RunConfig) -> Iterator[Problem]:
+    compute, layout = config.compute, config.roles.layout
+    if compute.compile is not None and any(stage.needs.guidance_adapters is not None for stage in config.stages):
+        yield Problem(
+            "compute.compile", "cannot see guidance adapters, which hang on the blocks that it compiles. Set it to null."
+        )
+    if compute.frozen == "fp8" and layout == "shared":
+        yield Problem(
+            "compute.frozen",
+            "fp8 rounds the teacher's weights, and in layout shared all roles stand on them. Set bf16, or roles.layout: copies.",
+        )
+    if compute.frozen == "fp8" and any(stage.needs.head is not None for stage in config.stages):
+        yield Problem(
+            "compute.frozen",
+            "fp8 has no gradient, which a discriminator sends through the teacher's network. Set bf16 or null.",
+        )
+    if compute.frozen is not None and config.teacher_options.quantize is not None:
+        yield Problem(
+            "compute.frozen", "has no place beside teacher_options.quantize, which rounds the same weights. Set one to null."
+        )
+    for name in ("compile", "cuda_graphs", "frozen"):
+        if config.parallel == "fsdp" and getattr(compute, name):
+            yield Problem(
+                f"compute.{name}",
+                "is for networks that lie whole on each GPU, which parallel: fsdp splits. Leave it out, or set parallel: ddp.",
+            )
+    narrow = "bf16" in (config.teacher_options.dtype, config.precision if layout == "shared" else None)
+    if compute.frozen == "bf16" and narrow:
+        yield Problem("compute.frozen", "bf16 has no effect: the teacher's passes run in bf16 anyway. Leave it out.")

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.models.attention import current_attention
 from diffdistill.models.extras import extra_inputs_of, extra_modules
+from diffdistill.models.regions import is_looked_into, looking_inside
 
 # The layers of a network that hold adapters, found once at injection and kept in the network's own __dict__, where a deep
 # copy of the network carries them over to its own layers.
@@ -288,7 +289,7 @@ def rows_context(network: nn.Module, roles: Sequence[tuple[str | None, int]]) ->
     for name, _ in adapted:
         _check_adapter(network, name)
     hook = partial(_add_updates, adapted, ends[-1])
-    with role_context(network, None), contextlib.ExitStack() as handles:
+    with looking_inside(network), role_context(network, None), contextlib.ExitStack() as handles:
         for layer in adapter_layers(network):
             handles.callback(layer.register_forward_hook(hook).remove)
         yield
@@ -319,13 +320,14 @@ def checkpoint_in_role(network: nn.Module, function: Callable[..., Any], *args: 
     """
     roles, extras = _read(network), extra_inputs_of(network)
     values = None if extras is None else extras.values
-    attention = current_attention()
+    attention, looked_into = current_attention(), is_looked_into(network)
 
     def in_role(*inputs: Any) -> Any:
         with (
             _switched(network, roles),
             contextlib.nullcontext() if extras is None else extras.holding(values),
             contextlib.nullcontext() if attention is None else attention.using(),
+            looking_inside(network) if looked_into else contextlib.nullcontext(),
         ):
             return function(*inputs)
 

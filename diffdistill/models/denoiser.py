@@ -18,6 +18,7 @@ from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import Schedule, change_coordinates
 from diffdistill.models.attention import Attention
 from diffdistill.models.condition import Condition
+from diffdistill.models.regions import Recorded
 
 
 class Denoiser(ABC):
@@ -57,19 +58,21 @@ class OfNetwork(Denoiser):
         network: the module; several denoisers may share one (roles as views).
         role: context entered around every call of the network; sets the active adapter and nothing else.
         attention: the kernel that the network's attention runs on.
+        recorded: its passes without gradient as CUDA graphs, None where they run as they are.
     """
 
     network: nn.Module
     role: RoleContext = field(default=contextlib.nullcontext, kw_only=True)
     attention: Attention = field(default_factory=Attention, kw_only=True)
+    recorded: Recorded | None = field(default=None, kw_only=True)
 
     def with_network(self, network: nn.Module) -> Self:
         """Return the same denoiser around another network of the same shape."""
         return replace(self, network=network)
 
     def with_role(self, role: RoleContext) -> Self:
-        """Return the same network seen in a role."""
-        return replace(self, role=role)
+        """Return the same network seen in a role. What was recorded belonged to another."""
+        return replace(self, role=role, recorded=None)
 
     def with_attention(self, attention: Attention) -> Self:
         """Return the same network with another kernel of attention."""

@@ -19,6 +19,7 @@ from diffdistill.math.prediction import Prediction
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser, InSchedule
 from diffdistill.models.network import FamilyDenoiser
+from diffdistill.models.regions import looking_inside
 from diffdistill.models.shards import has_split_parameters
 
 
@@ -102,7 +103,7 @@ def stopping_at(denoiser: Denoiser, tap: str) -> Iterator[None]:
     def stop(output: Tensor) -> None:
         raise TapReached(tap, output)
 
-    with _hooked(tap_module(denoiser, tap), stop):
+    with looking_inside(_of_network(denoiser).network), _hooked(tap_module(denoiser, tap), stop):
         yield
 
 
@@ -134,7 +135,7 @@ def predict_with_features(
 ) -> tuple[Prediction, Tensor]:
     """Return the denoiser's prediction and one block's output, from one pass; arguments as in `features`."""
     caught: list[Tensor] = []
-    with _hooked(tap_module(denoiser, tap), caught.append):
+    with looking_inside(_of_network(denoiser).network), _hooked(tap_module(denoiser, tap), caught.append):
         prediction = denoiser(x_t, t, cond)
     assert len(caught) == 1, f"tap {tap!r} lies {len(caught)} times on a forward pass of the network; expected once"
     return prediction, caught[0]

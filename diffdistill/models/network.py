@@ -15,6 +15,7 @@ from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, expand, 
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import OfNetwork
 from diffdistill.models.extras import feeding
+from diffdistill.models.regions import is_looked_into
 
 
 class Classes(NamedTuple):
@@ -52,6 +53,7 @@ class Family(ABC):
         name: e.g. "unet2d".
         component: the pipeline component that holds the network, "unet" or "transformer".
         lora_targets: preset name -> suffixes of module names that take an adapter.
+        blocks: class names of the blocks that the network repeats, none of which lies in another.
         reads_text: whether it is asked for images by prompts.
         image_multiple: what its stock pipeline demands the edges of images to be multiples of, in pixels.
     """
@@ -59,6 +61,7 @@ class Family(ABC):
     name: ClassVar[str]
     component: ClassVar[str]
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
+    blocks: ClassVar[tuple[str, ...]]
     reads_text: ClassVar[bool] = False
     image_multiple: ClassVar[int] = 8
 
@@ -173,9 +176,7 @@ class NetworkDenoiser(OfNetwork):
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         """Return the prediction at x_t, (B, C, H, W), at times t (B,); raw output in the network's dtype."""
         alpha, sigma = self.schedule.coefficients(t)
-        with self.role(), self.attention.using(), feeding(self.network, cond):
-            raw = self.family.forward(self.network, *self.network_inputs(x_t, t), cond)
-        return Prediction(self.kind, raw, x_t, alpha, sigma)
+        return Prediction(self.kind, _raw(self, x_t, t, cond), x_t, alpha, sigma)
 
     def network_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return state and time as the network was trained with: VP timesteps as they are, 1000 sigma for a flow, as diffusers feeds."""
@@ -196,8 +197,7 @@ class EDMDenoiser(OfNetwork):
         """Return the prediction at x_t on the variance-exploding path, as a "sample" prediction."""
         alpha, sigma = self.schedule.coefficients(t)
         c = edm_preconditioning(sigma, self.sigma_data)
-        with self.role(), self.attention.using(), feeding(self.network, cond):
-            f_x = self.family.forward(self.network, *self.network_inputs(x_t, t), cond)
+        f_x = _raw(self, x_t, t, cond)
         x0 = expand(c.c_skip, x_t) * x_t + expand(c.c_out, x_t) * f_x.to(torch.promote_types(torch.float32, f_x.dtype))
         return Prediction("sample", x0, x_t, alpha, sigma)
 
@@ -209,3 +209,16 @@ class EDMDenoiser(OfNetwork):
 
 FamilyDenoiser = NetworkDenoiser | EDMDenoiser
 """Denoisers of a diffusers network, which know its family."""
+
+
+def _raw(denoiser: FamilyDenoiser, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """Return the network's own output, seen in the denoiser's role; replayed where passes are recorded and this may be one."""
+
+    def forward(x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        with denoiser.role(), denoiser.attention.using(), feeding(denoiser.network, cond):
+            return denoiser.family.forward(denoiser.network, x, time, cond)
+
+    x, time = denoiser.network_inputs(x_t, t)
+    if denoiser.recorded is None or torch.is_grad_enabled() or is_looked_into(denoiser.network):
+        return forward(x, time, cond)
+    return denoiser.recorded(forward, x, time, cond)

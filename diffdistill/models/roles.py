@@ -91,6 +91,11 @@ class Roles:
     def __contains__(self, name: object) -> bool:
         return name in self._denoisers
 
+    def replace(self, name: str, denoiser: Denoiser) -> None:
+        """See a role in another way; its network and what is trained in it stay."""
+        assert network_of(denoiser) is network_of(self[name]), "what is trained belongs to the network"
+        self._denoisers[name] = denoiser
+
     # --- parameters ---------------------------------------------------------------------------------------------------------
 
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:

@@ -79,7 +79,7 @@ def _in_one_pass(calls: Sequence[_Call], num_samples: int) -> list[Prediction] |
     if len(roles) < len(calls):
         return None
     one = asked[0]
-    if any(each.with_role(one.role) != one for each in asked):  # another network, or another schedule
+    if any(each.with_role(one.role) != one.with_role(one.role) for each in asked):  # another network, or another schedule
         return None
     rows = [len(call.x_t) for call in calls]
     if any(role.rows_at_once is not None and role.rows_at_once < sum(rows) for role in roles):

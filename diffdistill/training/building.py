@@ -17,6 +17,7 @@ from diffdistill.distillers import registry
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.models.attention import Attention
+from diffdistill.models.compute import channels_last, compile_networks, lower_frozen, record_passes
 from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import HEAD, Roles, Shadow, build_roles
 from diffdistill.processes import Processes
@@ -94,6 +95,29 @@ def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:
     if config.roles.activation_checkpointing:
         roles.enable_activation_checkpointing()
     return roles
+
+
+def frozen_roles(config: RunConfig) -> tuple[str, ...]:
+    """Return the roles beside the teacher that no stage trains."""
+    trained = {role for stage in config.stages for role in stage.trained}
+    return tuple(dict.fromkeys(role for stage in config.stages for role in stage.needs.frozen if role not in trained))
+
+
+def apply_compute(config: RunConfig, roles: Roles) -> None:
+    """Let the networks of complete roles be computed as the config asks, in place.
+
+    Raises:
+        UserError: a setting that the networks or the machine cannot take.
+    """
+    compute, device_type = config.compute, next(roles.networks["teacher"].parameters()).device.type
+    if compute.channels_last:
+        channels_last(roles)
+    if compute.frozen is not None:
+        lower_frozen(roles, frozen_roles(config), compute.frozen, device_type)
+    if compute.cuda_graphs:
+        record_passes(roles, frozen_roles(config))
+    if compute.compile == "blocks":
+        compile_networks(roles, varying_sizes=getattr(config.data, "buckets", None) is not None)
 
 
 def _build_head(seed: int, teacher: Teacher, taps: set[str]) -> torch.nn.Module | None:
@@ -187,6 +211,7 @@ def open_stage(
     """
     accelerator = build_accelerator(config.precision)
     roles = build_run_roles(config, teacher)
+    apply_compute(config, roles)
     engine = build_engine(
         config,
         index,

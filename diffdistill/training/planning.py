@@ -25,12 +25,13 @@ from diffdistill.config import RunConfig, StageConfig
 from diffdistill.distillers.base import Batch, Distiller, PairBatch, Rng, TrajectoryBatch, Turn
 from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, nbytes, network_row, without_a_gpu
 from diffdistill.models.attention import Attention
+from diffdistill.models.compute import lower_frozen
 from diffdistill.models.condition import Condition
 from diffdistill.models.loading import Teacher
 from diffdistill.models.quantize import rounding_saves
 from diffdistill.models.roles import Roles
 from diffdistill.models.weightless import as_fakes
-from diffdistill.training.building import build_distiller, build_run_roles, open_teacher
+from diffdistill.training.building import build_distiller, build_run_roles, frozen_roles, open_teacher
 from diffdistill.training.data_feed import micro_batch_size
 
 
@@ -51,6 +52,8 @@ def plan_memory(
     saved = 0 if teacher.quantized is None else rounding_saves(teacher.network, teacher.family, teacher.quantized)
     with torch.device("meta"):
         roles = build_run_roles(config, teacher)
+    if config.compute.frozen is not None:  # fp8 is taken for bf16, which is what is not in its linear layers
+        lower_frozen(roles, frozen_roles(config), "bf16", "cpu")
     if activations is None:
         activations = _all_activations(config, device_type, teacher, roles)
     plans = []

@@ -21,6 +21,7 @@ from diffdistill.files import explained
 from diffdistill.processes import ALONE
 from diffdistill.training import checkpoint
 from diffdistill.training.building import (
+    apply_compute,
     build_accelerator,
     build_distiller,
     build_engine,
@@ -214,6 +215,7 @@ class _Run:
         self.source = build_source(config, self.teacher, self.processes, self.show)
         self.teacher.put_aside()
         self.roles = build_run_roles(config, self.teacher)
+        apply_compute(config, self.roles)
         origin = origin_of(self.teacher, self.fingerprints, self.source)
         self.stored = StoredStates(
             self.roles.teacher,

@@ -22,6 +22,7 @@ class DiT(Family):
 
     name = "dit"
     component = "transformer"
+    blocks = ("BasicTransformerBlock",)
     lora_targets = {
         "attention": ATTENTION,
         "attention+ff": (*ATTENTION, *FEED_FORWARD),

@@ -45,6 +45,7 @@ class Flux(Family):
 
     name = "flux"
     component = "transformer"
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     reads_text = True
     lora_targets = {
         "attention": (*ATTENTION, *TEXT_ATTENTION),

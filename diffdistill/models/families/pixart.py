@@ -17,6 +17,7 @@ class PixArt(Family):
 
     name = "pixart"
     component = "transformer"
+    blocks = ("BasicTransformerBlock",)
     reads_text = True
     lora_targets = {
         "attention": ATTENTION,

@@ -26,6 +26,7 @@ class Sana(Family):
 
     name = "sana"
     component = "transformer"
+    blocks = ("SanaTransformerBlock",)
     reads_text = True
     image_multiple = 32
     lora_targets = {

@@ -18,6 +18,7 @@ class SD3(Family):
 
     name = "sd3"
     component = "transformer"
+    blocks = ("JointTransformerBlock",)
     reads_text = True
     lora_targets = {
         "attention": (*ATTENTION, *TEXT_ATTENTION),

@@ -20,6 +20,7 @@ class UNet2D(Family):
 
     name = "unet2d"
     component = "unet"
+    blocks = ("ResnetBlock2D", "Attention")
     lora_targets = {
         "attention": ATTENTION,
         "all": (

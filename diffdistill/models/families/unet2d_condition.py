@@ -39,6 +39,7 @@ class UNet2DCondition(Family):
 
     name = "unet2d_condition"
     component = "unet"
+    blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     reads_text = True
     lora_targets = {
         "attention": ATTENTION,
