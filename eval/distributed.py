@@ -116,14 +116,11 @@ def recorded_gradients(engine: Engine) -> Iterator[dict[str, list[Tensor]]]:
     yield found
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run of a case leaves: by kind ("gradients", "losses", "weights", "average") name -> numbers."""
-
-    kinds: Mapping[str, Mapping[str, Tensor]]
+Left = dict[str, dict[str, Tensor]]
+"""What a run of a case leaves: by kind ("gradients", "losses", "weights", "average") name -> numbers."""
 
 
-def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: Any) -> Trained:
+def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: Any) -> Left:
     """Train a case and return what it leaves in this process: of split networks, its rows."""
     config = case.config(folder, steps)
     split = config.parallel == "fsdp" and accelerator.num_processes > 1
@@ -151,38 +148,34 @@ def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: 
             losses.append(engine.meter.read())
         engine.distiller.finish()
     assert shadow is not None
-    return Trained(
-        {
-            "gradients": {f"{role}.{k}": grad for role, grads in gradients.items() for k, grad in enumerate(grads)},
-            "losses": {name: torch.tensor([row[name] for row in losses if name in row]) for name in losses[-1]},
-            "weights": {f"{role}.{key}": value for role in engine.optimizers for key, value in roles.state(role).items()},
-            "average": shadow.state(),
-        }
-    )
+    return {
+        "gradients": {f"{role}.{k}": grad for role, grads in gradients.items() for k, grad in enumerate(grads)},
+        "losses": {name: torch.tensor([row[name] for row in losses if name in row]) for name in losses[-1]},
+        "weights": {f"{role}.{key}": value for role in engine.optimizers for key, value in roles.state(role).items()},
+        "average": shadow.state(),
+    }
 
 
-def put_together(own: Trained) -> Trained | None:
+def put_together(own: Left) -> Left | None:
     """Return of split networks the whole, in process 0."""
     parts: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
     distributed.gather_object(own, parts)
     if parts is None:
         return None
-    return Trained(
-        {
-            kind: {
-                name: value if kind == "losses" else torch.cat([part.kinds[kind][name] for part in parts])
-                for name, value in named.items()
-            }
-            for kind, named in own.kinds.items()
+    return {
+        kind: {
+            name: value if kind == "losses" else torch.cat([part[kind][name] for part in parts])
+            for name, value in named.items()
         }
-    )
+        for kind, named in own.items()
+    }
 
 
-def differences(several: Trained, one: Trained) -> dict[str, float]:
+def differences(several: Left, one: Left) -> dict[str, float]:
     """Return, by kind, the largest difference relative to the largest number of that kind."""
     found = {}
-    for kind, named in one.kinds.items():
-        other = several.kinds[kind]
+    for kind, named in one.items():
+        other = several[kind]
         assert named.keys() == other.keys(), f"{kind}: {named.keys() ^ other.keys()}"
         largest = max(float(value.abs().max()) for value in named.values())
         found[kind] = max(float((other[name] - value).abs().max()) for name, value in named.items()) / largest

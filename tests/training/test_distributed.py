@@ -2,20 +2,28 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from test_checkpoint import flip
 from tiny_runs import CLOCKED, DRIVER, METHODS, Nursery, run_config, run_values, save_teacher
 
+from diffdistill.config import parse_config
+from diffdistill.errors import UserError
 from diffdistill.training import checkpoint
+from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stored import IMAGES_PER_PART
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -91,14 +99,14 @@ def nursery():
     nursery.close()
 
 
-def start(nursery, config, logs, *arguments):
+def start(nursery, logs, *arguments, **more):
     """Start one process for each log, without a launcher, and return their ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     group = {"WORLD_SIZE": str(len(logs)), "LOCAL_WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        nursery.start(log, config, *arguments, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, log in enumerate(logs)
+        nursery.start(log, *arguments, **group, RANK=str(rank), LOCAL_RANK=str(rank), **more) for rank, log in enumerate(logs)
     ]
 
 
@@ -112,7 +120,7 @@ def wait_for(log, text, seconds=100):
 def outputs_after_a_signal_to_one(nursery, values, folder, shown):
     """Start two processes, send SIGTERM to the second once the first has shown something, and return what both printed."""
     logs = [folder / f"log{rank}" for rank in range(2)]
-    processes = start(nursery, write(folder / "run.yaml", values), logs)
+    processes = start(nursery, logs, write(folder / "run.yaml", values))
     wait_for(logs[0], shown)
     os.kill(processes[1], signal.SIGTERM)
     codes = [nursery.wait(process) for process in processes]
@@ -121,12 +129,62 @@ def outputs_after_a_signal_to_one(nursery, values, folder, shown):
     return outputs
 
 
+def test_a_split_run_equals_one_process_and_goes_on_in_any_number(teacher, nursery, tmp_path):
+    sgd = {"name": "sgd", "lr": 0.05}
+    stage = {"steps": 4, "method": METHODS["dmd2"], "optimizers": dict.fromkeys(("student", "fake", "head"), sgd)}
+    changes = {
+        "stages": [stage],
+        "micro_batch_size": 2,
+        "checkpoint": {"every_steps": 2, "keep": 3},
+        "samples": {"every_steps": 2, "num": 3},
+    }
+    train(run_config(teacher, tmp_path / "one", **changes), progress=False)
+    folder, values = tmp_path / "split", run_values(teacher, tmp_path / "split", parallel="fsdp", **changes)
+    config = write(tmp_path / "split.yaml", values)
+
+    def launch(count, *arguments):
+        logs = [tmp_path / f"log{count}-{rank}" for rank in range(count)]
+        codes = [nursery.wait(process) for process in start(nursery, logs, config, *arguments)]
+        assert codes == [0] * count, logs[0].read_text() + logs[-1].read_text()
+
+    launch(2)
+    halfway, last = folder / "checkpoints" / "step_0000002", folder / "checkpoints" / "step_0000004"
+    assert {path.name for path in halfway.glob("role-student*")} == {f"role-student-{k}of2.safetensors" for k in (0, 1)}
+    for again in (None, lambda: launch(4, "--resume"), lambda: train(parse_config(values), resume=True, progress=False)):
+        if again is not None:
+            shutil.rmtree(last)
+            again()
+        assert largest_difference(weights(tmp_path / "one"), weights(folder)) < 1e-6  # float32 sums in another order
+        for a, b in zip(lines(tmp_path / "one"), lines(folder), strict=True):
+            timeless = {key for key, value in a.items() if value is not None} - CLOCKED  # of three images some figures are none
+            assert {key: b[key] for key in timeless} == pytest.approx({key: a[key] for key in timeless}, rel=1e-3)
+    assert (last / "role-student.safetensors").is_file()  # written by one process
+    pictures = [(tmp_path / name / "samples" / "step_0000002.png").read_bytes() for name in ("one", "split")]
+    assert pictures[0] == pictures[1]
+    student = load_run(folder, halfway, ema=False).roles.state("student")
+    assert all(torch.equal(value, student[key]) for key, value in checkpoint.load(halfway).tensors["role-student"].items())
+    flip(halfway / "optimizer-fake-1of2.safetensors")
+    with pytest.raises(UserError, match="optimizer-fake-1of2.safetensors does not match its checksum"):
+        load_run(folder, halfway)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_compute_what_one_does(teacher, nursery, tmp_path, count):
+    output, logs = tmp_path / "differences.json", [tmp_path / f"log{rank}" for rank in range(count)]
+    script = (ROOT / "eval" / "distributed.py").read_text()
+    processes = start(nursery, logs, "--teacher", teacher, "--cases", "short", "--steps", 4, "-o", output, code=script)
+    assert [nursery.wait(process) for process in processes] == [0] * count, logs[0].read_text()
+    rows = json.loads(output.read_text())["cases"]
+    assert len(rows) == 7
+    assert all(value < 1e-12 for row in rows.values() for value in row.values())  # float64 sums in another order
+
+
 @pytest.mark.parametrize("killed", [0, 2])
 def test_the_death_of_one_process_ends_all_with_a_message_and_the_run_goes_on(teacher, nursery, tmp_path, killed):
     folder, logs = tmp_path / "run", [tmp_path / f"log{rank}" for rank in range(3)]
     changes = {"batch_size": 6, "micro_batch_size": 2, "checkpoint": {"every_steps": 3, "keep": 2}}
     config = write(tmp_path / "run.yaml", run_values(teacher, folder, steps=100000, **changes))
-    processes = start(nursery, config, logs)
+    processes = start(nursery, logs, config)
     wait_for(logs[0], "step 4/")
     os.kill(processes[killed], signal.SIGKILL)
     began = time.monotonic()
@@ -140,7 +198,7 @@ def test_the_death_of_one_process_ends_all_with_a_message_and_the_run_goes_on(te
         assert "The newest checkpoint is " in said and f"diffdistill train {folder}/config.yaml --resume" in said
     last, notes = checkpoint.newest(folder / "checkpoints")
     assert last.step >= 3 and notes == []
-    (resumed,) = start(nursery, config, [tmp_path / "resumed"], "--resume")
+    (resumed,) = start(nursery, [tmp_path / "resumed"], config, "--resume")
     wait_for(tmp_path / "resumed", f"step {last.step // 2 * 2 + 4}/")
     os.kill(resumed, signal.SIGTERM)
     assert nursery.wait(resumed) == 0

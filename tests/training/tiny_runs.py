@@ -102,14 +102,16 @@ for line in sys.stdin:
         sys.argv = ["driver", *request["arguments"]]
         code = 1
         try:
-            exec(DRIVER)
+            exec(compile(request["code"], "driver", "exec"), {"__name__": "__main__"})
             code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     print(answer, flush=True)
-""".replace("exec(DRIVER)", f"exec({DRIVER!r})")
+"""
 
 
 class Nursery:
@@ -126,9 +128,10 @@ class Nursery:
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
-    def start(self, output: Path, *arguments: str, **environment: str) -> int:
-        """Start a run whose output is appended to a file; return its process id."""
-        return self._ask(output=str(output), arguments=[str(argument) for argument in arguments], environment=environment)
+    def start(self, output: Path, *arguments: str, code: str = DRIVER, **environment: str) -> int:
+        """Start a run, or a script, whose output is appended to a file; return its process id."""
+        plain = [str(argument) for argument in arguments]
+        return self._ask(output=str(output), arguments=plain, environment=environment, code=code)
 
     def wait(self, process: int) -> int:
         """Return the exit code, negative for a signal."""
