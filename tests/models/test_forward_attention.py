@@ -91,10 +91,19 @@ def test_a_common_motion_of_the_keys_costs_no_digits():
     """It moves all logits of a row alike and the output not at all; math attention has five digits left here."""
     q, k, v, tq, tk, tv = (tensor.float() for tensor in draw(1, 2, 200, 200, 64))
     tk = tk + 100 * torch.randn(64, generator=torch.Generator().manual_seed(0))
-    k = k + 3
-    expected = pair(math_attention, (q.to(F64), k.to(F64), v.to(F64)), (tq.to(F64), tk.to(F64), tv.to(F64)))[1]
+    expected = pair(math_attention, *halves(tuple(tensor.to(F64) for tensor in (q, k, v, tq, tk, tv))))[1]
     assert relative(pair(attention, (q, k, v), (tq, tk, tv))[1], expected) < 2e-6
     assert relative(pair(math_attention, (q, k, v), (tq, tk, tv))[1], expected) > 5e-6
+
+
+def test_tangents_of_logits_are_less_their_mean_over_the_keys():
+    q, k, _, *tangents = draw(1, 2, 20, 30, 8)
+    tq, tk, _ = tangents
+    tiles = forward_attention._Tiles.of(q, k, forward_attention.Options(None, False, 0.3))
+    block = forward_attention._TangentTiles.of(tiles, k, forward_attention.Tangents(*tangents))
+    ts = 0.3 * (tq @ k.mT + q @ tk.mT)
+    actual = block._logits(tiles.q, slice(0, 20), slice(0, 30))
+    torch.testing.assert_close(actual.flatten(1, 2), ts - ts.mean(-1, keepdim=True), rtol=0, atol=1e-13)
 
 
 @pytest.mark.usefixtures("small_blocks")
