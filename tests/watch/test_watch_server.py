@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -143,3 +144,23 @@ def test_ctrl_c_leaves_with_status_0(tmp_path, form):
     watching.send_signal(signal.SIGINT)
     assert watching.communicate(timeout=60) == ("", "")
     assert watching.returncode == 0
+
+
+def test_a_terminal_shows_what_is_new_until_ctrl_c(tmp_path):
+    folder = write_run(tmp_path / "run", lines(100))
+    (folder / "lock").write_text("process 1 on elsewhere")
+    os.utime(folder / "metrics.jsonl")
+    own, terminal = pty.openpty()
+    command = [sys.executable, "-m", "diffdistill", "watch", str(folder), "--refresh", "0.2"]
+    watching = subprocess.Popen(command, stdout=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "50"})
+    os.close(terminal)
+    shown = ""
+    while "step 100 of 1,000" not in shown:
+        shown += os.read(own, 1 << 16).decode(errors="replace")
+    with open(folder / "metrics.jsonl", "a") as handle:
+        handle.write(json.dumps(healthy(110)) + "\n")
+    while "step 110 of 1,000" not in shown:
+        shown += os.read(own, 1 << 16).decode(errors="replace")
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(60) == 0
+    os.close(own)
