@@ -336,11 +336,12 @@ def _calmer(stage: Stage) -> str:
     return _sentence(ways)
 
 
-def _faster_fake(stage: Stage) -> str:
-    """Return how to let the fake network keep up."""
+def _steadier_fake(stage: Stage) -> str:
+    """Return how to let the fake network come after the student; which way its rate must go, only its loss can tell."""
     every = stage.setting("method.student_every")
     ways = [] if every is None else [f"raise {stage.place('method.student_every')} to {max(5, 2 * every)}"]
-    return _sentence([*ways, f"raise {stage.place('optimizers.fake.lr')}", f"lower {stage.place('optimizers.student.lr')}"])
+    ways += [f"lower {stage.place('optimizers.student.lr')}", f"change {stage.place('optimizers.fake.lr')}"]
+    return _sentence(ways).removesuffix(".") + ": up where fake/total falls steadily, down where it jumps or rises."
 
 
 def _weaker_discriminator(stage: Stage) -> str:
@@ -451,8 +452,8 @@ DETECTORS: tuple[Detector, ...] = (
         fake_lag,
         1.25,
         "above",
-        "The fake network is {figure} times as wrong about the student's images as the teacher (limit {threshold}): it does not keep up.",
-        lambda stage, of: _faster_fake(stage),
+        "The fake network is {figure} times as wrong about the student's images as the teacher (limit {threshold}): it does not come after the student.",
+        lambda stage, of: _steadier_fake(stage),
     ),
     Detector(
         "broken_fake",

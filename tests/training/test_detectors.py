@@ -50,7 +50,7 @@ BROKEN = {
     "fake_lag": (
         grid(fake_lag=1.5),
         1.5,
-        ["Raise stages.0.method.student_every (now 3) to 6", "raise stages.0.optimizers.fake.lr"],
+        ["Raise stages.0.method.student_every (now 3) to 6", "change stages.0.optimizers.fake.lr (now 0.001): up where"],
     ),
     "broken_fake": (grid(fake_lag=3.0), 3.0, ["Lower stages.0.optimizers.fake.lr (now 0.001) to a third"]),
     "idle_fake": (grid(fake_lag=1.0001), 1e-4, ["Raise stages.0.optimizers.fake.lr (now 0.001)"]),
@@ -179,7 +179,8 @@ def test_values_that_are_not_finite_count_in_train_as_the_null_that_watch_reads(
 def test_settings_that_are_not_written_are_named_without_a_value():
     bare = {"stages": [{"steps": 1000, "method": {"name": "vsd"}}]}
     assert alerts(lines(change=grid(fake_lag=1.5)), bare)[0].remedy == (
-        "Raise stages.0.optimizers.fake.lr, or lower stages.0.optimizers.student.lr."
+        "Lower stages.0.optimizers.student.lr, or change stages.0.optimizers.fake.lr: up where fake/total falls steadily, down where it "
+        "jumps or rises."
     )
     (alert,) = alerts(lines(change=late(fake__grad_norm_fake=200.0)), bare)
     assert "and set clip_grad_norm to 1.0" in alert.remedy
