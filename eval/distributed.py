@@ -4,13 +4,15 @@ Every case trains a small teacher's student in float64, once in one process and 
 the first update of every role, the logged losses of every step, the final weights of every role and the average. What differs is
 the order of sums alone, so the bound, 1e-6 relative to the largest value of a kind, is far above what is found.
 
-    torchrun --standalone --nproc-per-node 2 eval/distributed.py [--teacher digits-unet] [--steps 20] [--cases short] [--write docs/scale.md]
+    torchrun --standalone --nproc-per-node 2 eval/distributed.py [--teacher digits-unet] [--steps 20] [--cases short] [-o two.json]
+    python eval/distributed.py --table two.json four.json       # the table of docs/scale.md
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -34,7 +36,15 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "consistency": {"name": "consistency"},
     "dmd2": {"name": "dmd2", "student_steps": 2, "student_every": 2, "gan": {}},
     "vsd": {"name": "vsd"},
+    "lcm": {"name": "lcm", "ema_decay": 0.9},
+    "guidance": {"name": "guidance", "guidance": [1.0, 5.0], "guidance_input": 2.0},
 }
+PROVEN = (
+    "progressive",
+    "consistency",
+    "dmd2",
+    "vsd",
+)  # in every layout; the others stand for an averaged target and extra inputs
 COPIES: dict[str, Any] = {"layout": "copies"}
 COPIES_LORA: dict[str, Any] = {"layout": "copies", "lora": {"rank": 4}}
 SHARED: dict[str, Any] = {"layout": "shared", "lora": {"rank": 4}}
@@ -83,12 +93,11 @@ SHORT = [
     Case("vsd", SHARED, "fsdp"),
 ]
 LONG = [
-    Case(method, roles, parallel, checkpointing)
-    for method in METHODS
+    Case(method, roles, parallel, checkpointing=roles is not COPIES)
+    for method in PROVEN
     for roles in (COPIES, COPIES_LORA, SHARED)
     for parallel in ("ddp", "fsdp")
-    for checkpointing in (False, True)
-]
+] + [Case("lcm", COPIES_LORA, "fsdp"), Case("guidance", COPIES, "fsdp", checkpointing=True)]
 
 
 class Alone:
@@ -150,7 +159,9 @@ def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: 
     assert shadow is not None
     return {
         "gradients": {f"{role}.{k}": grad for role, grads in gradients.items() for k, grad in enumerate(grads)},
-        "losses": {name: torch.tensor([row[name] for row in losses if name in row]) for name in losses[-1]},
+        "losses": {
+            name: torch.tensor([row[name] for row in losses if name in row], dtype=torch.float64) for name in losses[-1]
+        },
         "weights": {f"{role}.{key}": value for role in engine.optimizers for key, value in roles.state(role).items()},
         "average": shadow.state(),
     }
@@ -182,14 +193,26 @@ def differences(several: Left, one: Left) -> dict[str, float]:
     return found
 
 
+def table(files: list[Path]) -> str:
+    """Return what several runs found, as a table of the largest difference of each case."""
+    found = [json.loads(file.read_bytes()) for file in files]
+    head = ["case", *(f"{kind}, {run['processes']} processes" for run in found for kind in next(iter(run["cases"].values())))]
+    rows = [[case, *(f"{value:.0e}" for run in found for value in run["cases"][case].values())] for case in found[0]["cases"]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
 def main() -> int:
-    """Run the cases in this process, one of several; process 0 prints the table."""
+    """Run the cases in this process, one of several; process 0 prints what it found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="digits-unet", help="name or folder")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cases", choices=("short", "long"), default="long")
     parser.add_argument("-o", "--output", type=Path, help="write the differences there as JSON")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of such files, and run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.table))
+        return 0
     accelerator = build_accelerator("fp32")
     first = accelerator.process_index == 0
     rows: dict[str, dict[str, float]] = {}

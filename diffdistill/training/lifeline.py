@@ -30,6 +30,7 @@ from diffdistill.training.stopping import Stopped
 
 GRACE = 5.0  # seconds
 NEWS = 2.0  # seconds in which the news of a death arrives where the communication library was quicker
+OPENING = 60.0  # seconds in which the connections must be made, once every process is there
 PROBES = 30  # seconds after which a machine that answers no probe is gone
 
 
@@ -73,6 +74,8 @@ class Lifeline:
         self.index, self.count, self.device, self.advice = index, count, device, advice
         self._known, self._left = threading.Event(), threading.Event()
         self._news = ""  # what has happened to another process
+        self._own: socket.socket  # to the main process, or there to the thread that leads
+        self._members: dict[socket.socket, Member] = {}  # in the main process
         self._thread = threading.Thread(target=self._lead if index == 0 else self._follow, name="lifeline", daemon=True)
 
     def __enter__(self) -> Lifeline:
@@ -102,23 +105,24 @@ class Lifeline:
         if self.index == 0:
             dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if dual else socket.AF_INET
-            self._server = socket.create_server(("", 0), family=family, backlog=self.count, dualstack_ipv6=dual)
-            self._own, self._heard = socket.socketpair()  # how the main thread speaks to the one that leads
-            told = torch.tensor([self._server.getsockname()[1], secrets.randbits(62)])
+            server = socket.create_server(("", 0), family=family, backlog=self.count, dualstack_ipv6=dual)
+            server.settimeout(OPENING)
+            told = torch.tensor([server.getsockname()[1], secrets.randbits(62)])
         told = told.to(self.device)
         torch.distributed.broadcast(told, 0)
-        port, self._token = told.tolist()
-        if self.index > 0:
-            host = os.environ["MASTER_ADDR"]
-            try:
-                self._own = socket.create_connection((host, port), timeout=PROBES)
-            except OSError as error:
-                raise MachineError(
-                    f"process {self.index} cannot reach the main one at {host}, port {port}: {error}."
-                ) from error
-            self._own.settimeout(None)
-            _probe(self._own)
-            self._tell({"token": self._token, "member": vars(Member.this(self.index))})
+        port, token = told.tolist()
+        if self.index == 0:
+            with server:
+                self._own, heard = socket.socketpair()  # how the main thread speaks to the one that leads
+                self._members = {heard: Member.this(0)} | _admitted(server, self.count - 1, token)
+            return
+        host = os.environ["MASTER_ADDR"]
+        try:
+            self._own = socket.create_connection((host, port), timeout=OPENING)
+        except OSError as error:
+            raise MachineError(f"process {self.index} cannot reach the main one at {host}, port {port}: {error}.") from error
+        _probe(self._own)
+        self._tell({"token": token, "member": vars(Member.this(self.index))})
 
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the other end may be gone; who watches it says so
@@ -128,45 +132,28 @@ class Lifeline:
 
     def _lead(self) -> None:
         """Listen to all until one has died, or this one is over, and pass that on."""
-        members: dict[socket.socket, Member] = {self._heard: Member.this(0)}
         with selectors.DefaultSelector() as selector:
-            selector.register(self._server, selectors.EVENT_READ)
-            selector.register(self._heard, selectors.EVENT_READ)
+            for connection in self._members:
+                selector.register(connection, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
                     speaker: Any = key.fileobj
-                    if speaker is self._server:
-                        if (admitted := self._admit()) is not None:
-                            members[admitted[0]] = admitted[1]
-                            selector.register(admitted[0], selectors.EVENT_READ)
-                        continue
-                    selector.unregister(speaker)  # whatever it is, it is the last that is heard of it
+                    selector.unregister(speaker)  # whatever it says, it is the last that is heard of it
                     said = _read(speaker)
                     end = _SILENT if said is None else said["over"]
-                    if end is not None or speaker is self._heard:
-                        self._pass_on(members, speaker, end)
+                    if end is not None or self._members[speaker].index == 0:
+                        self._pass_on(speaker, end)
                         return
 
-    def _admit(self) -> tuple[socket.socket, Member] | None:
-        """Return who has called, None for a stranger."""
-        connection, _ = self._server.accept()
-        connection.settimeout(GRACE)
-        hello = _read(connection)
-        if hello is None or hello.get("token") != self._token:
-            connection.close()
-            return None
-        connection.settimeout(None)
-        _probe(connection)
-        return connection, Member(**hello["member"])
-
-    def _pass_on(self, members: dict[socket.socket, Member], ended: socket.socket, end: str | None) -> None:
+    def _pass_on(self, ended: socket.socket, end: str | None) -> None:
         """Tell every other process how one has ended; None for the good end of this one."""
-        news = None if end is None else _news(members[ended], end)
-        for connection in members:
-            if connection not in (ended, self._heard):
+        member = self._members[ended]
+        news = None if end is None else _news(member, end)
+        for connection, other in self._members.items():
+            if other.index not in (0, member.index):
                 with contextlib.suppress(OSError):
                     connection.sendall(_line({"news": news}))
-        if news is not None and ended is not self._heard:
+        if news is not None and member.index > 0:
             self._learn(news)
 
     # --- the others ---------------------------------------------------------------------------------------------------------
@@ -196,6 +183,25 @@ _LONGEST = 1 << 16  # bytes of a message
 _SILENT = "ended without a word: it was killed, perhaps for lack of memory, or its machine is gone."
 
 
+def _admitted(server: socket.socket, number: int, token: int) -> dict[socket.socket, Member]:
+    """Wait for that many processes to call; whoever does not know the token is none."""
+    members: dict[socket.socket, Member] = {}
+    while len(members) < number:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError as error:
+            known = ", ".join(str(member.index) for member in members.values()) or "none"
+            raise MachineError(f"of {number} other processes only these have called the main one: {known}.") from error
+        connection.settimeout(OPENING)
+        hello = _read(connection)
+        if hello is None or hello.get("token") != token:
+            connection.close()
+            continue
+        _probe(connection)
+        members[connection] = Member(**hello["member"])
+    return members
+
+
 def _news(member: Member, what: str) -> str:
     where = "in the output of its launcher" if member.log is None else f"in {member.log}"
     said = what if what is _SILENT else f"ended with {what.rstrip('.')}."
@@ -211,7 +217,7 @@ def _read(connection: socket.socket) -> Any:
     heard = b""
     with contextlib.suppress(OSError):
         while not heard.endswith(b"\n") and len(heard) < _LONGEST:
-            if not (more := connection.recv(_LONGEST)):
+            if not (more := connection.recv(1)):  # no byte of the next message, which waits in the connection
                 break
             heard += more
     try:
@@ -222,7 +228,8 @@ def _read(connection: socket.socket) -> Any:
 
 
 def _probe(connection: socket.socket) -> None:
-    """Have the system find out when the other end's machine is gone."""
+    """Wait for the other end as long as it takes, and have the system find out when its machine is gone."""
+    connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", PROBES // 3), ("TCP_KEEPINTVL", PROBES // 6), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
