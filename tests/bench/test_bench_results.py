@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diffdistill.bench import matrix, results
-from diffdistill.bench.check import MEMORY_NOISE, NOISE, worse
+from diffdistill.bench.check import MEMORY_NOISE, NOISE, START_NOISE, worse
 from diffdistill.bench.overhead import _over_a_run, _timed
 from diffdistill.bench.page import above, page, passes_text
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Refused, Results, SampleRow, StartRow, StepRow
@@ -72,7 +72,7 @@ def test_the_same_results_are_no_worse():
         (STEP, {"passes": PASSES[:1]}, "passes of a step, fake inputs up to mid: 0.2 -> 0"),
         (SAMPLE, {"ratio": Ratio(1.20, 1.15, 1.22)}, "sampling / floor: 1.02 -> 1.20 (1.15 to 1.22)"),
         (SAMPLE, {"passes": 5}, "passes of an image: 4 -> 5"),
-        (START, {"processor_seconds": 11.0}, "11.0 s of processor time to the first step"),
+        (START, {"processor_seconds": 11.0}, "processor time to the first step: 8.0 s -> 11.0 s"),
         (ALL, {"share": 0.04}, "overhead: 4.0 % of a run"),
     ],
 )
@@ -90,7 +90,8 @@ def test_what_got_worse_is_named(row, values, said):
         (STEP, {"memory": 1.10 * (1 + MEMORY_NOISE)}),
         (STEP, {"passes": (), "batch": 8}),  # another batch shares passes otherwise
         (STEP, {"ratio": Ratio(9.0, 9.0, 9.0), "memory": 9.0, "method": "new"}),  # not in the old table
-        (START, {"seconds": 90.0}),  # the machine was busy
+        (START, {"seconds": 90.0, "processor_seconds": 8.0 * (1 + START_NOISE)}),  # the machine was busy
+        (START.model_copy(update={"what": "new"}), {"processor_seconds": 99.0}),
         (OverheadRow(what="log", times=20, ms=1.0, share=0.5), {}),  # the sum counts
     ],
 )
