@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -98,7 +99,32 @@ def recipe_plan(
     model, config = model_of(name), config or load_config(recipes.recipe_path(name))
     assert config.teacher_options.dtype == "bf16"
     teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)
-    return plan_memory(config, "cuda", teacher, activations)
+    rounded = dataclasses.replace(teacher, quantized=config.teacher_options.quantize)
+    return plan_memory(config, "cuda", rounded, activations)
+
+
+# Smaller GPUs
+
+SMALLER: tuple[tuple[str, int, tuple[str, ...]], ...] = (  # recipe, decimal gigabytes of the GPU, overrides
+    ("text/sdxl-dmd2-lora", 24, ()),
+    ("text/sdxl-dmd2-lora", 24, ("teacher_options.quantize=int8",)),
+    ("text/sdxl-dmd2-lora", 24, ("teacher_options.quantize=nf4",)),
+    ("text/flux-dmd2-lora", 48, ("teacher_options.quantize=int8",)),
+    ("text/flux-dmd2-lora", 48, ("teacher_options.quantize=nf4",)),
+)
+
+
+def smaller_rows() -> list[str]:
+    """Return the table of recipes on smaller GPUs, all with micro-batches of one; activations are found once for each recipe."""
+    rows, found = [], {}
+    for name, gigabytes, overrides in SMALLER:
+        settings = ["micro_batch_size=1", *overrides]
+        plan = recipe_plan(name, found.get(name), load_config(recipes.recipe_path(name), settings))
+        found[name] = [{turn.name: turn.activation_bytes for turn in plan.turns}]
+        shown, peak = " ".join(settings), plan.peak.bytes
+        rows.append(f"| {name} | {gigabytes} GB | `{shown}` | {peak / GIB:.2f} GiB | {peak / (gigabytes * 1e9):.2f} of it |")
+        print(rows[-1], flush=True)
+    return rows
 
 
 # Plain fine-tuning
@@ -347,6 +373,48 @@ decoded for samples.
 | recipe | micro-batch | turn | weights | adapters | optimizer | gradients | activations | peak |
 |---|---|---|---|---|---|---|---|---|"""
 
+SMALLER_HEAD = """## Smaller GPUs
+
+The same plans for less memory. A part of what is left goes to kernels and the allocator (up to 2 % in the measurements below) and to
+decoded samples.
+
+| recipe | GPU | settings | peak | |
+|---|---|---|---|---|"""
+
+PLAIN_HEAD = """## Against plain fine-tuning
+
+Plain LoRA fine-tuning of the same backbone by the plan: one adapter, its optimiser and average, a denoising loss, all other settings the
+recipe's. DMD2 has the fake network's adapter and its moments besides, and for a while teacher and fake network beside the student's graph;
+`roles.rows_at_once` makes that part small.
+
+| recipe | plain | DMD2 | DMD2 / plain |
+|---|---|---|---|"""
+
+SETTINGS = """## Settings that need less
+
+`memory: auto` plans the run, and where it would not fit into what is free of the GPU (less 5 % and 1 GiB; without a GPU four fifths of the
+free memory of the machine or its control group, shared by the processes) it picks from this list: each setting with all before it,
+from the fourth on with the largest micro-batch that then fits. What turns out needless is taken back, what costs most first. `check` and
+`train` say what was picked, from which plan to which; it stands above the config in the run folder, and a resumed run takes it from there. Method and
+layout never change. Where nothing fits, the run does not start, and the smallest plan is told.
+
+| setting | costs | changes |
+|---|---|---|
+| `optimizers.ROLE.name: adamw8bit` (torchao), `adamw8bit_bnb` (bitsandbytes) | one synchronisation a turn | moments are rounded to 8 bits: 2.03 bytes a value in place of 8; within 2 % of AdamW's way on a quadratic. A second moment below 1e-7 of the largest in its block of 256 is lost |
+| `ema.offload: true` | little: the average takes in the weights of the step before while the GPU works | rounding of the CPU's kernels |
+| `roles.rows_at_once: N` (distribution matching, shared layout) | more passes of fewer rows | rounding |
+| `micro_batch_size: N` | fewer samples at once | every random draw |
+| `roles.activation_checkpointing: true` | one more forward pass of what is trained | nothing |
+| `optimizers.ROLE.offload: true` | gradients and weights over the bus, the update on the CPU | rounding of the CPU's kernels; moments, a copy of the weights and gradients lie in the memory of the CPU |
+| `teacher_options.dtype: bf16` (adapters) | nothing | the base, and with it the teacher, is rounded |
+| `teacher_options.quantize: int8` (torchao), `nf4` (bitsandbytes, a GPU) (shared layout) | weights are widened in each pass | the same, more of it |
+
+Every method runs in the shared layout, with two exceptions: with `guidance_input` the student's network has an input that the teacher's
+has not, and the guidance adapters of `agd` are of one role. All seven families recompute their activations
+(`tests/models/test_activation_checkpointing.py`). Text encoders are freed, and on a GPU the autoencoder is moved to the CPU, before the first step and
+after each sample grid and evaluation.
+"""
+
 MEASURED = """## Measured
 
 - Roles of Stable Diffusion 1.5 in the shared layout, with gradients: {roles}, as growth of the resident memory of a process that builds
@@ -426,13 +494,16 @@ def main() -> None:
         measure_on_gpu(options.gpu or recipe_names())
         return
     only_plan = options.plan
-    rows, steps = role_rows(), []
+    rows, steps, plans = role_rows(), [], {}
     for name in recipe_names():
-        plan = recipe_plan(name)
+        plan = plans[name] = recipe_plan(name)
         steps.append(step_row(name, plan))
         print(steps[-1], flush=True)
         if not only_plan:
             write_header(name, plan)
+    smaller = smaller_rows()
+    plain = [against_finetuning(name, plans[name]) for name in recipe_names() if name.endswith("-dmd2-lora")]
+    print(*plain, sep="\n", flush=True)
     if only_plan:
         return
     roles_found = alone(measured_roles)
@@ -445,7 +516,23 @@ def main() -> None:
         peak=compared(step_found, step_plan),
     )
     print(measured_note)
-    parts = [HEAD.format(rank=LORA.rank), *rows, "", STEPS, *steps, "", measured_note, *gpu_rows()]
+    parts = [
+        HEAD.format(rank=LORA.rank),
+        *rows,
+        "",
+        STEPS,
+        *steps,
+        "",
+        SMALLER_HEAD,
+        *smaller,
+        "",
+        PLAIN_HEAD,
+        *plain,
+        "",
+        SETTINGS,
+        measured_note,
+        *gpu_rows(),
+    ]
     write_atomic(PAGE, "\n".join(parts).encode())
 
 
