@@ -11,7 +11,7 @@ Times are medians, of processor time on one thread, or of CUDA events. Memory is
 relative to float64 math attention on the same rounded inputs, where that is not too long.
 
     python eval/bench_forward_attention.py            # CPU, minutes: float32, 256 to 8192 tokens
-    python eval/bench_forward_attention.py --gpu      # CUDA, a minute: bf16 and float32, heads of 64 and 128, 1024 to 16384 tokens
+    python eval/bench_forward_attention.py --gpu      # CUDA, minutes: bf16 and float32, heads of 64 and 128, 1024 to 16384 tokens
     python eval/bench_forward_attention.py --gpu --tune   # minutes: launches of the Triton kernels, printed and not written
 
 Both write eval/results/forward_attention.json, each its own part, and the table of docs/forward_attention.md.
