@@ -171,6 +171,9 @@ def _bucket_problems(config: RunConfig) -> Iterator[Problem]:
             )
 
 
+_WHOLE = "is for processes that hold whole networks, which parallel: fsdp splits."
+
+
 def _parallel_problems(config: RunConfig) -> Iterator[Problem]:
     if config.parallel != "fsdp":
         return
@@ -192,6 +195,12 @@ def _parallel_problems(config: RunConfig) -> Iterator[Problem]:
                     f"{stage.optimizer(role).name} keeps moments in blocks of values, which no other number of processes could take up "
                     "from the rows of parallel: fsdp. Set adamw, whose moments fsdp shares out, or parallel: ddp.",
                 )
+            if stage.optimizer(role).offload:
+                yield Problem(f"stages.{index}.optimizers.{role}.offload", f"{_WHOLE} Leave it out, or set parallel: ddp.")
+    if config.ema is not None and config.ema.offload:
+        yield Problem("ema.offload", f"{_WHOLE} Leave it out, or set parallel: ddp.")
+    if config.memory == "auto":
+        yield Problem("memory", f"auto {_WHOLE} Leave it out, or set parallel: ddp.")
     if config.precision == "fp16":
         yield Problem("precision", "fp16 needs one loss scale for all processes, which parallel: fsdp does not keep. Set bf16.")
 
