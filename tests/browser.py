@@ -128,13 +128,12 @@ class Browser:
 
     def see_in_time(self, expression: str, wanted: Any) -> Seen:
         """Evaluate an expression again and again, as the page loads itself anew, until it gives what is wanted or time is up."""
-        end = time.monotonic() + SECONDS
-        while True:
+        end, seen = time.monotonic() + SECONDS, Seen([], [], None)
+        while seen.value != wanted and time.monotonic() < end:
+            time.sleep(0.1)
             with contextlib.suppress(RuntimeError):  # the page was just on its way
                 seen = self.see(expression)
-                if seen.value == wanted or time.monotonic() > end:
-                    return seen
-            time.sleep(0.1)
+        return seen
 
     def screenshot(self, file: Path) -> None:
         """Write the whole page as PNG."""

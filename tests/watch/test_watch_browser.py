@@ -79,7 +79,7 @@ def test_a_script_that_got_in_would_not_run(page, chromium, tmp_path):
 def test_a_file_that_is_written_anew_is_shown_anew_and_the_slider_stays(chromium, tmp_path):
     folder = run(tmp_path / "run", lines(300))
     (folder / "lock").write_text("process 1 on elsewhere")
-    path, page, watcher = tmp_path / "page.html", Page(0.3), Watcher(folder)
+    path, page, watcher = tmp_path / "page.html", Page(1.0), Watcher(folder)
     path.write_text(page.html(watcher.look()))
     chromium.open(path, 390, 844, False, "1")
     assert chromium.see_in_time(f"{STEP} + ' ' + {CHOSEN}", "300 300").value == "300 300"
@@ -97,7 +97,7 @@ def test_a_file_that_is_written_anew_is_shown_anew_and_the_slider_stays(chromium
 def test_the_server_shows_what_is_new_and_stops_asking_when_the_run_ends(chromium, tmp_path):
     folder = run(tmp_path / "run", lines(300))
     (folder / "lock").write_text("process 1 on elsewhere")
-    served = server(Watcher(folder), 0.3, 0)
+    served = server(Watcher(folder), 1.0, 0)
     threading.Thread(target=served.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{served.server_port}/"
     chromium.open(address, 1280, 900, True, "1")
