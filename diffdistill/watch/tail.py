@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+NO_FILE = (-1, -1)  # in place of device and inode
+
 
 class Tail:
     """The records of a file of JSON lines; each update reads only what is new.
@@ -20,7 +22,8 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._forget()
+        self.lines: list[dict[str, Any]] = []
+        self._file, self._read = NO_FILE, 0
 
     def update(self) -> None:
         """Read on."""
@@ -40,8 +43,8 @@ class Tail:
         self.lines += [record for line in whole.splitlines() if (record := _record(line)) is not None]
 
     def _forget(self) -> None:
-        self._file, self._read = (-1, -1), 0
-        self.lines: list[dict[str, Any]] = []
+        self.lines = []
+        self._file, self._read = NO_FILE, 0
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
