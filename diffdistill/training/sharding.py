@@ -6,6 +6,7 @@ gradients of the last backward pass of a turn arrive as sums over the processes,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +45,8 @@ def splitter(device: torch.device) -> Callable[[nn.Module], None]:
 
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(f"parallel: fsdp needs torch 2.9 or newer, and this is {torch.__version__}. Set parallel: ddp.")
+    # it warns of in-place changes of what a network returns; nobody here makes any
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     return partial(_split, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
 
 
@@ -60,9 +63,14 @@ def _split(network: nn.Module, mesh: Any) -> None:
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield the parts of a network that are put together one after another: what its module lists hold, and a middle block."""
+    """Yield the parts of a network that are put together one after another: what its module lists hold, and a middle block.
+
+    DiT calls the embedding of its first block a second time outside of it, which is then a part of its own and comes before it.
+    """
     for name, child in network.named_children():
         if isinstance(child, nn.ModuleList):
+            if type(network).__name__ == "DiTTransformer2DModel":
+                yield child[0].norm1.emb  # type: ignore[union-attr, misc]
             yield from (block for block in child if any(True for _ in block.parameters()))
         elif name == "mid_block":
             yield child

@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import small_networks
+import text_pipelines
 import torch
 import yaml
+from diffusers import DDIMScheduler, DiTPipeline
 from test_checkpoint import flip
 from tiny_runs import CLOCKED, DRIVER, METHODS, Nursery, run_config, run_values, save_teacher
 
@@ -177,6 +180,52 @@ def test_several_processes_compute_what_one_does(teacher, nursery, tmp_path, cou
     rows = json.loads(output.read_text())["cases"]
     assert len(rows) == 7
     assert all(value < 1e-12 for row in rows.values() for value in row.values())  # float64 sums in another order
+
+
+SPLIT_FAMILIES = """
+import sys, torch
+from diffdistill.models.heads import features
+from diffdistill.models.loading import load_teacher
+from diffdistill.models.roles import build_roles
+from diffdistill.models.shards import local, own_rows
+from diffdistill.training.building import build_accelerator
+from diffdistill.training.sharding import splitter
+
+device = build_accelerator("fp32").device
+
+def gradients(roles, cond, t):
+    torch.manual_seed(0)
+    x = torch.randn(2, *roles.teacher.sample_shape).requires_grad_()
+    loss = roles["student"](x, t, cond).x0.square().mean() + features(roles.teacher, x, t, cond).square().mean()
+    loss.backward()
+    return [loss.detach(), x.grad] + [parameter.grad for parameter in roles.parameters("student")]
+
+for folder in sys.argv[1:]:
+    teacher = load_teacher(folder)
+    roles = build_roles(teacher.denoiser, ("student",))
+    cond = teacher.condition(["a red circle", "a square"] if teacher.family.reads_text else teacher.examples(2), 2)
+    t = torch.full((2,), 0.4, dtype=torch.float64) * teacher.denoiser.schedule.t_max
+    loss, x, *whole = gradients(roles, cond, t)
+    roles.split(splitter(device))
+    split_loss, split_x, *rows = gradients(roles, cond, t)
+    pairs = [(split_loss, loss), (split_x, x)]
+    for grad, row, parameter in zip(whole, rows, roles.parameters("student"), strict=True):
+        assert (grad is None) == (row is None)
+        if grad is not None:
+            pairs.append((local(row), 2 * own_rows(grad, parameter)))  # both processes have the same samples
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) if wanted.numel() else 0)
+    print(folder, len(pairs))
+"""
+
+
+def test_every_family_may_be_split_its_features_too(nursery, tmp_path):
+    names = ("sd", "sdxl", "pixart", "sd3", "flux", "sana")
+    folders = [text_pipelines.save(name, tmp_path) for name in names]
+    dit = small_networks.save(DiTPipeline(small_networks.dit(), small_networks.vae(), DDIMScheduler()), tmp_path / "dit")
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    processes = start(nursery, logs, *folders, dit, code=SPLIT_FAMILIES)
+    assert [nursery.wait(process) for process in processes] == [0, 0], logs[0].read_text()
 
 
 @pytest.mark.parametrize("killed", [0, 2])
