@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from diffdistill.bench import matrix
 from diffdistill.bench.check import MAX_OVERHEAD, MAX_START_S, NOISE
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.timing import Ratio
@@ -45,6 +46,8 @@ def _section(found: Results) -> str:
     if found.steps:
         aim = STEP_AIM["CPU" if found.machine.device.endswith("processor") else "GPU"]
         parts += ["### A step", f"Aim: at most {aim:.2f}. {above(found.steps, aim)}", steps_table(found.steps)]
+    if missing := unmeasured(found):
+        parts += [f"Not measured yet, or not with these settings: {'; '.join(missing)}."]
     if found.refused:
         lines = [f"- {row.teacher}, {row.method}, {row.layout}: {row.reason}" for row in found.refused]
         parts += ["Cells that cannot be:", "\n".join(lines)]
@@ -70,6 +73,17 @@ def _section(found: Results) -> str:
             overhead_table(found.overhead),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def unmeasured(found: Results) -> list[str]:
+    """Return the cells of the measured teachers that there is no row for, "teacher layout: methods"."""
+    had = {row.key for row in (*found.steps, *found.refused)}
+    teachers = dict.fromkeys(row.teacher for row in (*found.steps, *found.refused))
+    missing: dict[str, list[str]] = {}
+    for cell in matrix.cells(list(teachers)) if teachers else []:
+        if cell.key not in had:
+            missing.setdefault(f"{cell.teacher} {cell.layout}", []).append(cell.method)
+    return [f"{place}: {', '.join(methods)}" for place, methods in missing.items()]
 
 
 def above(rows: Sequence[StepRow] | Sequence[SampleRow], aim: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -27,7 +28,7 @@ class _Row(BaseModel):
 
 
 class Machine(_Row):
-    """Where and of what it was measured."""
+    """Where and of what it was measured; `load` is that of the last five minutes over the number of its cores, this process's included."""
 
     device: str
     platform: str
@@ -36,6 +37,7 @@ class Machine(_Row):
     torch: str
     diffusers: str
     revision: str
+    load: float | None = None
 
 
 class PassRow(_Row):
@@ -172,6 +174,7 @@ def machine(device: torch.device) -> Machine:
         torch=torch.__version__,
         diffusers=metadata.version("diffusers"),
         revision=_revision(),
+        load=round(os.getloadavg()[1] / (os.cpu_count() or 1), 2),
     )
 
 

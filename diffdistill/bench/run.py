@@ -59,7 +59,7 @@ def bench(
     with _one_thread(device), tempfile.TemporaryDirectory(prefix="diffdistill-bench-") as folder:
         found = Results(machine=machine(device), command=_command(seconds, batch, overrides))
         for table, row in _rows(parts or PARTS, asked, seconds, overrides, Path(folder)):
-            found = found.model_copy(update={table: (*getattr(found, table), row)})
+            found = found.model_copy(update={table: (*getattr(found, table), row), "machine": machine(device)})
             say(_text(row))
             keep(found)
     if found.refused and not found.steps:

@@ -7,7 +7,7 @@ import pytest
 from diffdistill.bench import matrix, results
 from diffdistill.bench.check import MEMORY_NOISE, NOISE, START_NOISE, worse
 from diffdistill.bench.overhead import _over_a_run, _timed
-from diffdistill.bench.page import above, page, passes_text
+from diffdistill.bench.page import above, page, passes_text, unmeasured
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Refused, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.starts import first_step
 from diffdistill.bench.timing import Ratio
@@ -135,6 +135,13 @@ def test_the_page_has_a_row_for_each_result():
     assert "| 1.10 | 1.30 |" in text
     assert "| digits-unet | shared | ddim | 4 | 4 | 64 | 2.000 | **1.02** (1.01 to 1.03) | 0.100 | 0.200 |" in text
     assert "| start | 12.0 | 8.0 |" in text and "| all | 1 | 900.0 | 2.00 % |" in text
+
+
+def test_cells_without_a_row_are_named():
+    methods = [method for method in matrix.METHODS if method != "dmd2"]
+    missing = unmeasured(OLD)
+    assert missing == [f"digits-unet copies: {', '.join(matrix.METHODS)}", f"digits-unet shared: {', '.join(methods)}"]
+    assert unmeasured(changed(START)) == []
 
 
 def test_rows_above_an_aim_are_named():
