@@ -141,8 +141,8 @@ def draw_time(schedule: Schedule, size: int, rng: Rng, law: TimeLaw, limits: tup
         return diffusion_time(schedule, rng.uniform(size, *limits))
     mean, std = LOGNORMAL
     t = schedule.time_of_lambda(-(mean + std * rng.normal((size,)).double()))
-    ends = diffusion_time(schedule, t.new_tensor(limits))
-    return t.clamp(ends[0], ends[1])
+    low, high = diffusion_time(schedule, torch.tensor(limits, dtype=torch.float64)).tolist()  # on the CPU: nothing waits
+    return t.clamp(low, high)
 
 
 class VSD(Distiller):
