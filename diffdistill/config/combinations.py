@@ -183,10 +183,6 @@ def _parallel_problems(config: RunConfig) -> Iterator[Problem]:
             "rounds weights to codes, which parallel: fsdp cannot split over processes. Set parallel: ddp, whose cost is one rounded "
             "network a process, or quantize: null.",
         )
-    if config.memory is not None:
-        yield Problem(
-            "memory", "auto plans for whole networks in every process, which parallel: fsdp does not keep. Set memory: null."
-        )
     for index, stage in enumerate(config.stages):
         for role in stage.trained:
             if stage.optimizer(role).name in EIGHT_BIT:

@@ -39,7 +39,7 @@ def step(method, layout, family):
     with gpu:
         optimizers = {role: RoleOptimizer(role, roles.parameters(role), OptimizerConfig(), 100) for role in trained}
         distiller = registry.get(name)(config, roles.teacher, roles, 100)
-        feed = SimpleNamespace(num_micro_batches=2, batch=lambda step, micro: gpu.there(batch(needs)))
+        feed = SimpleNamespace(num_micro_batches=1, batch=lambda step, micro: gpu.there(batch(needs)))
         engine = Engine(
             distiller,
             roles,
@@ -54,14 +54,14 @@ def step(method, layout, family):
         )
     engine._rng = lambda *key: Rng(Generator(), torch.Generator().manual_seed(0))
     every_turn = max(range(20), key=lambda index: len(engine.distiller.turns(index)))
-    for watches in (False, True):
-        gpu.watches = watches
-        for index in (every_turn, every_turn + 1):
-            with gpu:
-                engine.step(index)
+    for gpu.watches, index in ((False, every_turn), (True, every_turn), (True, every_turn + 1)):
+        with gpu:
+            engine.step(index)
 
 
-UNETS = [case for case in CASES if case[2] == "unet2d"]
+# Every method once, in the layouts by turns: what waits is a method's, and a layout only says which weights a network is called with.
+BY_METHOD = {method: [case for case in CASES if case[0] == method and case[2] == "unet2d"] for method, _, _ in CASES}
+UNETS = [cases[number % len(cases)] for number, cases in enumerate(cases for cases in BY_METHOD.values() if cases)]
 
 
 @pytest.mark.slow

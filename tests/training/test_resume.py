@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import time
 
@@ -11,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from test_checkpoint import flip, truncate
-from tiny_runs import CLOCKED, METHODS, Nursery, final_hashes, run_config, run_values, save_teacher, start
+from tiny_runs import CLOCKED, METHODS, final_hashes, run_config, run_values, save_teacher, start
 
 from diffdistill.data.batches import ImageSource
 from diffdistill.data.digits import digits
@@ -164,35 +163,6 @@ class Given:
 
     def draw(self, shape, dtype=torch.float32):
         return self.noise
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_three_kills_at_random_steps_change_no_bit(teacher, straight, nursery, tmp_path, method):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(run_values(teacher, folder, method)))
-    dice = random.Random(f"{method} 3")
-    previous = 0
-    for _ in range(3):
-        process = nursery.start(log, config, "--resume")
-        target = min(previous + dice.randint(1, 3), 8)
-        deadline = time.monotonic() + 100
-        while newest_step(folder) < target and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(dice.random() * 0.1)
-        os.kill(process, signal.SIGKILL)
-        assert nursery.wait(process) in (-signal.SIGKILL, 0), log.read_text()
-        previous = newest_step(folder)
-    assert nursery.wait(nursery.start(log, config, "--resume")) == 0, log.read_text()
-    assert (final_hashes(folder), lines(folder)) == straight[method]
 
 
 def newest_step(folder):

@@ -73,7 +73,7 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
     assert sparkline([0, 1], PLAIN) == "_#"
 
 
-def drawn(folder, width=100, encoding="utf-8"):
+def drawn(folder, width=200, encoding="utf-8"):
     console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding), width=width, color_system=None)
     with console.capture() as capture:
         console.print(frame(Watcher(folder).look(), console))
