@@ -1,6 +1,5 @@
 """Parts of an evaluation: a killed one goes on to the same bytes, another partition or several processes to the same values."""
 
-import gc
 import json
 
 import pytest
@@ -15,6 +14,7 @@ from diffdistill.evaluation.moments import Moments
 from diffdistill.evaluation.parts import PartFiles, Range, ranges
 from diffdistill.evaluation.protocol import Protocol, load_protocol
 from diffdistill.evaluation.views import open_views
+from diffdistill.memory import LiveBytes
 from diffdistill.processes import Processes
 
 METRICS = ("fid", "sfid", "kid_normalised", "accuracy", "pixels")
@@ -221,14 +221,11 @@ def test_with_moments_alone_memory_does_not_grow_with_the_number_of_images():
     held = []
 
     def generate(seeds, labels):
-        tensors = {
-            each.untyped_storage().data_ptr(): each
-            for each in gc.get_objects()
-            if isinstance(each, torch.Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(each)
-        }
-        held.append(sum(each.untyped_storage().nbytes() for each in tensors.values()))
+        held.append(live.now)
         return torch.rand(len(seeds), 1, 8, 8, generator=torch.Generator().manual_seed(seeds[0]))
 
-    evaluate(generate, few, views=open_views(few), batch_size=100, images_per_part=1000)
+    views = open_views(few)
+    with LiveBytes() as live:
+        evaluate(generate, few, views=views, batch_size=100, images_per_part=1000)
     assert len(held) == 60
     assert max(held[50:]) <= max(held[10:20])  # the sixth part against the second
