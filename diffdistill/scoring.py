@@ -16,7 +16,7 @@ import torch
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.result import Evaluation
-from diffdistill.files import write_atomic, write_json
+from diffdistill.files import remove_leftovers, write_atomic, write_json
 from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.generate import Generate
 from diffdistill.targets import AnySampler, Target, is_model, open_target
@@ -302,6 +302,7 @@ def write_evaluations(
     from diffdistill.evaluation.pictures import Pictures
     from diffdistill.evaluation.report import ReportData, result_tiles, write_report
 
+    remove_leftovers(folder)
     folder = Path(folder)
     for key, evaluation in evaluations.items():
         if arrays := evaluation.arrays():

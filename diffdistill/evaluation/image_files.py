@@ -18,7 +18,7 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.images import check_uint8_images
 from diffdistill.evaluation.threads import usual_threads
 from diffdistill.evaluation.transforms import to_picture
-from diffdistill.files import atomic_folder, write_atomic
+from diffdistill.files import atomic_folder, remove_leftovers, write_atomic
 
 
 def write_images(path: str | Path, batches: Iterable[Tensor], count: int) -> Path:
@@ -96,6 +96,8 @@ class PngWriter:
         self.folder, self.layout = Path(folder), layout
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder} is a file; images are written to a folder. Name another place.")
+        for place in (self.folder, *self.folder.glob("*/")):
+            remove_leftovers(place)
         self._pool = ThreadPoolExecutor(num_threads or usual_threads(), thread_name_prefix="png")
         self._most_waiting = most_waiting
         self._waiting: deque[Future[None]] = deque()

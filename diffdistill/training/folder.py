@@ -139,7 +139,8 @@ class RunFolder:
             remarks: lines that are written above the config.
         """
         checkpoint.remove_leftovers(self.checkpoints)
-        remove_leftovers(self.path)
+        for place in (self.path, self.samples):
+            remove_leftovers(place)
         sessions = self._sessions()
         if not self.has_begun:  # an attempt that failed at once may have left another config
             write_atomic(self.config, "".join(f"# {remark}\n" for remark in remarks) + dump_config(config))
