@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
@@ -16,6 +15,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from diffdistill.errors import MachineError, UserError, unknown_name
+from diffdistill.files import is_full
 
 if TYPE_CHECKING:
     from diffdistill.evaluation.external.scores import ExternalScores
@@ -710,7 +710,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it flushes
         return MACHINE
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and is_full(error):
         place = error.filename or "the disk"
         return _say(f"failed: no space left ({place}). Free some and run the same command again.", MACHINE)
     if isinstance(error, OSError) and error.filename is not None:

@@ -31,7 +31,7 @@ def explained(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise MachineError(
                 f"no space left while writing {path}; what was there before is untouched. "
                 "Free some space and run the same command again."
@@ -39,6 +39,11 @@ def explained(path: str | Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS):
             raise MachineError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
         raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Tell whether an error says that a disk, or the share of it that one may use, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _fsync(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffdistill.config import RunConfig, StageConfig, TextData, with_overrides
 from diffdistill.errors import MachineError, UserError
 from diffdistill.export.plan import plan
-from diffdistill.files import explained
+from diffdistill.files import is_full
 from diffdistill.processes import ALONE
 from diffdistill.training import checkpoint
 from diffdistill.training.building import (
@@ -388,14 +388,17 @@ class _Run:
     def _telling_what_is_left(self) -> Iterator[None]:
         """Add to a breakdown, and to a full disk, which weights are beyond repair and from where the run can go on."""
         try:
-            with explained(self.folder.path):
-                yield
+            yield
         except Diverged as error:
             broken = [role for role in stored_roles(self.roles) if not _finite([*self.roles.state(role).values()])]
             lost = f" The weights of {', '.join(broken)} are not finite; no step can mend them." if broken else ""
             raise Diverged(f"{error}{lost} {self.standing}") from None
         except MachineError as error:
             raise MachineError(f"{error} {self.standing}") from error
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise MachineError(f"no space left in {self.folder.path}. {self.standing} Free some, and --resume.") from error
 
     def _log(self, stage: StageConfig, engine: Engine, step: int, skipped: int) -> None:
         means = engine.meter.read()
