@@ -427,8 +427,7 @@ def _lerp(targets: list[Tensor], sources: list[Tensor], decay: float) -> None:
         return
     wide_targets = [target.to(_wide(target)) for target in targets]  # the target itself where it is wide already
     wide_sources = [source.to(wide) for source, wide in zip(sources, wide_targets, strict=True)]
-    torch._foreach_mul_(wide_targets, decay)
-    torch._foreach_add_(wide_targets, wide_sources, alpha=1 - decay)
+    torch._foreach_lerp_(wide_targets, wide_sources, 1 - decay)
     for target, wide in zip(targets, wide_targets, strict=True):
         if wide is not target:
             target.copy_(wide)
