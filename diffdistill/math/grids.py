@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ class TimeGrid:
     def times_on(self, device: torch.device) -> Tensor:
         """Return the times on a device; the host does not wait for it."""
         return self.times.to(device, non_blocking=True)
+
+    @cached_property
+    def first_std(self) -> float:
+        """The spread of the first state of a sampler: sigma at the first time, and 1 on paths that end in unit variance."""
+        return max(1.0, float(self.schedule.sigma(self.times[0])))
 
     @property
     def num_steps(self) -> int:

@@ -79,6 +79,19 @@ class Schedule(ABC):
         return Coefficients(self.alpha(t), self.sigma(t))
 
 
+class _OnDevices:
+    """A table and its copies on devices; kept, since a copy in every call would make the host wait for the device."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._copies = {table.device: table}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the table on a device."""
+        if device not in self._copies:
+            self._copies[device] = next(iter(self._copies.values())).to(device)
+        return self._copies[device]
+
+
 class VPSchedule(Schedule):
     """Variance preserving, from the cumulative products of a diffusers beta schedule, continued between the integers.
 
@@ -99,27 +112,20 @@ class VPSchedule(Schedule):
         self.alphas_cumprod = abar
         self.num_timesteps = abar.numel()
         self.t_max = float(self.num_timesteps - 1)
-        self._log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), abar.log()])  # index k + 1 holds time k
-        self._tables: dict[torch.device, Tensor] = {}
-
-    def _table(self, device: torch.device) -> Tensor:
-        """Return log abar on a device; kept, since a copy in every call would make the host wait for the device."""
-        if device not in self._tables:
-            self._tables[device] = self._log_abar.to(device)
-        return self._tables[device]
+        log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), abar.log()])
+        self._table = _OnDevices(log_abar)  # index k + 1 holds time k
+        self._intervals = _OnDevices(torch.stack([log_abar[:-1], log_abar.diff()], dim=1))  # left end and slope of each
 
     def _knots(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return position inside the interval, log abar at its left end and its slope, for times in [-1, T-1]."""
-        t = t.to(torch.float64)
-        table = self._table(t.device)
-        place = (t + 1).clamp(0, self.num_timesteps)
-        left = place.floor().clamp(max=self.num_timesteps - 1)
-        index = left.long()
-        return place - left, table[index], table[index + 1] - table[index]
+        place = (t.to(torch.float64) + 1).clamp(0, self.num_timesteps)
+        index = place.long().clamp(max=self.num_timesteps - 1)
+        left, slope = self._intervals.on(t.device)[index].unbind(-1)
+        return place - index, left, slope
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
         offset, left, slope = self._knots(t)
-        return left + offset * slope
+        return torch.addcmul(left, offset, slope)
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return sqrt(abar(t))."""
@@ -145,7 +151,7 @@ class VPSchedule(Schedule):
     def time_of_lambda(self, lam: Tensor) -> Tensor:
         """Return t with log(alpha/sigma) = lam: log abar = -log(1 + exp(-2 lam)), found in the table; clipped to [-1, T-1]."""
         log_abar = torch.nn.functional.logsigmoid(2 * lam.to(torch.float64))  # softplus turns linear at 20: off by 2e-9
-        table = self._table(lam.device)
+        table = self._table.on(lam.device)
         index = torch.searchsorted(-table, -log_abar.contiguous()).clamp(1, self.num_timesteps)  # table decreases
         left, right = table[index - 1], table[index]
         return ((index - 1) + (log_abar - left) / (right - left) - 1).clamp(-1, self.t_max)

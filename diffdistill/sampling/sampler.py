@@ -106,7 +106,7 @@ class Sampler:
 
         VP and flow models start at unit variance, as stock pipelines do; EDM at sigma_max.
         """
-        return max(1.0, float(self.grid.schedule.sigma(self.grid.times[0]))) * noise.draw(shape)
+        return self.grid.first_std * noise.draw(shape)
 
     def sample(self, denoiser: Denoiser, noise: DrawsNoise, cond: Condition) -> Tensor:
         """Return x at the end of the grid, (B, *sample_shape), float32."""
@@ -144,11 +144,12 @@ class Sampler:
             net, cond = denoiser, cond.with_values(guidance=w)
         else:
             net = guided(denoiser, self.guidance)
-        times = self.grid.times_on(x.device)
+        times = self.grid.times_on(x.device)[:, None].expand(-1, len(x))
+        points = list(map(Coefficients, *self.grid.schedule.coefficients(times)))
         last: Estimate | None = None
         for i, (t_float, r_float) in enumerate(islice(self.grid.pairs(), num_steps)):
-            t, r = times[i].expand(len(x)), times[i + 1].expand(len(x))
-            now = Estimate(self._denoise(net, x, t, cond), self.grid.schedule.coefficients(t))
+            t, r = times[i], times[i + 1]
+            now = Estimate(self._denoise(net, x, t, cond), points[i])
             if record is not None:
                 record(State(t_float, x, now.x0))
             if r_float <= self.grid.schedule.t_clean:
@@ -156,7 +157,7 @@ class Sampler:
             elif self.rule == "heun":
                 x = transfer.heun(lambda y, s: self._denoise(net, y, s, cond), x, t, r, self.grid.schedule, now.x0)
             else:
-                x = self._step(x, now, last, self.grid.schedule.coefficients(r), noise)
+                x = self._step(x, now, last, points[i + 1], noise)
             last = now
         return x
 
