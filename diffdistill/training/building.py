@@ -58,10 +58,15 @@ def build_processes(accelerator: Any, asked_to_stop: Callable[[], bool]) -> Proc
         asked_to_stop: whether a signal came to this process.
     """
 
-    def any_of(yes: bool) -> bool:
-        return bool(accelerator.reduce(torch.tensor(float(yes), device=accelerator.device)) > 0)
+    def largest(number: int) -> int:
+        said = torch.tensor(number, device=accelerator.device)
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+        return int(said)
 
-    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, any_of, asked_to_stop)
+    return Processes(
+        accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, largest, asked_to_stop
+    )
 
 
 def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:

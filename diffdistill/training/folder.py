@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -141,6 +142,8 @@ class RunFolder:
         checkpoint.remove_leftovers(self.checkpoints)
         for place in (self.path, self.samples):
             remove_leftovers(place)
+        for parts in self.path.glob(layout.VALIDATION_PARTS):  # of one that was cut off, which begins anew
+            shutil.rmtree(parts)
         sessions = self._sessions()
         if not self.has_begun:  # an attempt that failed at once may have left another config
             write_atomic(self.config, "".join(f"# {remark}\n" for remark in remarks) + dump_config(config))

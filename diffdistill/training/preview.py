@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from diffdistill.models.conditioning import Asked
 from diffdistill.models.denoiser import Denoiser, View
 from diffdistill.models.loading import Teacher
 from diffdistill.models.roles import Roles
+from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.generate import Generate, image_generator
 from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
-from diffdistill.training import drift
+from diffdistill.training import drift, layout
 from diffdistill.training.stopping import Diverged, Interrupted
 from diffdistill.training.text_data import texts
 
@@ -155,23 +157,43 @@ class Validation:
     Args:
         protocol: a name or a YAML file.
         steps: student step counts to score.
-        asked_to_stop: as in `Preview`.
+        folder: where processes put together what they have made.
+        processes: make equal shares of the images; where they say that they are asked to stop, scoring ends in `Interrupted`.
+        in_step: whether all must make the same passes. Each makes all images then, where these cannot be shared out evenly.
     """
 
     def __init__(
-        self, teacher: Teacher, protocol: str, steps: tuple[int, ...], asked_to_stop: Callable[[], bool] = lambda: False
+        self,
+        teacher: Teacher,
+        protocol: str,
+        steps: tuple[int, ...],
+        folder: Path,
+        processes: Processes = ALONE,
+        in_step: bool = False,
     ) -> None:
         from diffdistill.evaluation.protocol import load_protocol
         from diffdistill.evaluation.reference import references_folder
         from diffdistill.evaluation.views import open_views
 
-        self.teacher, self.steps, self._asked_to_stop = teacher, steps, asked_to_stop
+        self.teacher, self.steps, self.folder, self._asked_to_stop = teacher, steps, folder, processes.asked_to_stop
         self.protocol = load_protocol(protocol).pinned()
         self.views = open_views(self.protocol, cache=references_folder())
+        prompts = self.protocol.num_images // self.protocol.images_per_prompt
+        self._processes = ALONE if in_step and prompts % processes.count else processes
+        self._share = math.ceil(prompts / self._processes.count) * self.protocol.images_per_prompt
 
-    def scores(self, roles: Roles, distiller: Distiller) -> dict[str, float]:
-        """Return "eval/metric@steps" -> value, and as "fid" the FID at the first step count, by which the best is kept."""
-        from diffdistill.evaluation.evaluate import evaluate
+    def scores(self, roles: Roles, distiller: Distiller, step: int) -> dict[str, float]:
+        """Return "eval/metric@steps" -> value, and as "fid" the FID at the first step count, by which the best is kept.
+
+        Args:
+            roles: the student among them.
+            distiller: says how it is sampled.
+            step: of the run; what processes put together lies under it.
+        """
+        from diffdistill.evaluation.evaluate import Keeping, evaluate
+        from diffdistill.evaluation.parts import IMAGES_PER_PART
+
+        shared = self._processes.count > 1
 
         found: dict[str, float] = {}
         for count in self.steps:
@@ -182,6 +204,9 @@ class Validation:
                 nfe=sampler.nfe,
                 num_steps=count,
                 views=self.views,
+                keeping=Keeping(self.folder / layout.validation_parts(step, count)) if shared else None,
+                processes=self._processes,
+                images_per_part=self._share if shared else IMAGES_PER_PART,
             )
             found |= {f"eval/{name}@{count}": summary.mean for name, summary in result.values.items()}
         return found | ({"fid": found[key]} if (key := f"eval/fid@{self.steps[0]}") in found else {})

@@ -46,7 +46,7 @@ from diffdistill.training.outcome import recorded
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress, peak_memory_gib
 from diffdistill.training.sharding import check_parallel
-from diffdistill.training.stopping import Diverged, Interrupted, Stopped, StopSignals
+from diffdistill.training.stopping import Diverged, Interrupted, Stopped, StopSignals, stopping_together
 from diffdistill.training.stored import StoredStates, origin_of
 from diffdistill.training.text_data import texts
 from diffdistill.training.tracking import Tracker
@@ -140,6 +140,7 @@ class _Run:
         self.config, self.folder, self.accelerator, self.signals, self.show = config, folder, accelerator, signals, show
         self.choice = choice
         self.processes = build_processes(accelerator, lambda: signals.requested is not None)
+        self.looking = stopping_together(self.processes)
         self.is_main = self.processes.is_main
         self.split = config.parallel == "fsdp" and accelerator.num_processes > 1
         self.on_cpu = accelerator.device.type == "cpu"
@@ -234,15 +235,16 @@ class _Run:
         if self.spec is not None and self.spec.path is not None:
             self.trajectories = self.stored.trajectories(self.spec, self.folder.trajectories)
         samples, validation = config.samples, config.validation
-        looks = self.is_main or self.split  # a split network is called by all processes, and each makes the same images
-        cut_off = (lambda: False) if self.split else self.processes.asked_to_stop
         self.preview = None
-        if samples is not None and looks:
+        if samples is not None and (self.is_main or self.split):  # a split network is called by all processes
             asked = asked_in_samples(config, self.teacher, samples.num)
-            self.preview = Preview(self.teacher, samples.num, config.seed, asked, cut_off)
+            self.preview = Preview(self.teacher, samples.num, config.seed, asked, self.looking.asked_to_stop)
         self.validation = None
-        if validation is not None and looks:
-            self.validation = Validation(self.teacher, validation.protocol, validation.steps, cut_off)
+        if validation is not None:
+            with self.accelerator.main_process_first():  # which may have to measure the real images, and keeps what it found
+                self.validation = Validation(
+                    self.teacher, validation.protocol, validation.steps, self.folder.path, self.looking, in_step=self.split
+                )
         self.teacher.put_aside()  # the preview had its prompts encoded
         if config.exportable:
             last = config.stages[-1]
@@ -305,7 +307,7 @@ class _Run:
                 optimizer.load_state(found.tensors[f"optimizer-{role}"])
             engine.load_state(found.state["engine"])
         if found is not None and found.state.get("left"):
-            looks = [name for name in found.state["left"] if name in self._looks]
+            looks = found.state["left"]
             self._keep(stage, engine, first - 1, looks, saves=first == stage.steps, stops=False)
         for step in range(first, stage.steps):
             engine.step(step, stop=self.processes.asked_to_stop())
@@ -321,7 +323,7 @@ class _Run:
         config, ends = self.config, step + 1 == stage.steps
         logs = ends or self.done % config.logging.every_steps == 0
         saves = ends or self.done % config.checkpoint.every_steps == 0
-        looks = [name for name, setting in self._looks.items() if self._due(setting)]
+        looks = [name for name in ("samples", "validation") if self._due(getattr(config, name))]
         stops = self._stops(engine, logs)
         if self.on_cpu or logs or saves or stops or looks:
             skipped = self.skipped_before + engine.guard.check()
@@ -334,8 +336,7 @@ class _Run:
     def _keep(self, stage: StageConfig, engine: Engine, step: int, looks: Sequence[str], saves: bool, stops: bool) -> None:
         """Look at the student in the ways named, save, stop; what a signal cuts off is due when the run goes on."""
         metrics, left = self._look(stage, engine, looks)
-        stops = stops or (bool(left) and self.accelerator.num_processes == 1)  # of several, the others are at the next step
-        cut = stops and self.processes.any(bool(left))
+        stops = stops or bool(left)  # which every process was cut off from
         ended = step + 1 == stage.steps and not left
         if saves or stops or self._is_best(metrics):
             if ended:
@@ -343,16 +344,10 @@ class _Run:
             if self.is_main or self.split:
                 with self.progress.pause("checkpoint"):
                     self._save(engine, 0 if ended else step + 1, metrics, left)
-        if stops and (cut or self.done < self.config.total_steps):
+        if stops and (left or self.done < self.config.total_steps):
             raise self._stopped(f"step {self.done} of {self.config.total_steps}")
 
     # What is due when
-
-    @property
-    def _looks(self) -> dict[str, Any]:
-        """The ways in which this process looks at the student, and the settings that say when."""
-        able = {"samples": self.preview is not None, "validation": self.validation is not None}
-        return {name: getattr(self.config, name) for name, possible in able.items() if possible}
 
     def _due(self, setting: Any) -> bool:
         return setting is not None and (self.done % setting.every_steps == 0 or self.done == self.config.total_steps)
@@ -375,12 +370,12 @@ class _Run:
         )
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Return whether this is the lowest FID so far. Only those know that looked, and they save."""
+        """Return whether this is the lowest FID so far, as the main process finds it."""
         if "fid" not in metrics:
             return False
         best = checkpoint.best_score(self.folder.checkpoints)
         is_best = best is None or metrics["fid"] < best
-        return self.processes.any(is_best and self.is_main) if self.split else is_best
+        return self.processes.any(is_best and self.is_main)
 
     # What is done then
 
@@ -434,13 +429,16 @@ class _Run:
         return metrics, []
 
     def _show_samples(self, stage: StageConfig, engine: Engine) -> None:
-        assert self.preview is not None
+        if self.preview is None:
+            self.looking.wait()
+            return
         sampler = engine.distiller.sampler(preview_steps(self.config, stage))
         with self._averaged():
             images = self.preview.student_images(self.roles, sampler)
         figures = self.preview.figures(images)
         if "fake" in stage.needs.trained:
             figures["drift/fake_lag"] = self.preview.fake_lag(self.roles, sampler)
+        self.looking.wait()
         if self.tracker is None:
             return
         picture = self.preview.save(self.folder.samples / f"{checkpoint.name(self.done)}.png", images)
@@ -451,7 +449,7 @@ class _Run:
     def _validate(self, engine: Engine) -> dict[str, float]:
         assert self.validation is not None
         with self._averaged():
-            scores = self.validation.scores(self.roles, engine.distiller)
+            scores = self.validation.scores(self.roles, engine.distiller, self.done)
         if self.tracker is None:
             return scores
         logged = {name: value for name, value in scores.items() if name != "fid"}

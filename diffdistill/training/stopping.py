@@ -7,6 +7,7 @@ import threading
 from types import FrameType, TracebackType
 
 from diffdistill.errors import MachineError
+from diffdistill.processes import Processes
 
 
 class Stopped(Exception):
@@ -15,6 +16,26 @@ class Stopped(Exception):
 
 class Interrupted(Exception):
     """Samples or an evaluation were left undone, for a signal came while they were made; the run saves, and resumes with them."""
+
+
+def stopping_together(processes: Processes) -> Processes:
+    """Return the processes at work that a signal to one of them ends in all of them, each at its next call and all at the same one.
+
+    Each calls `asked_to_stop` as often as it likes, where it can stop, and all call `wait` equally often, which raises Interrupted
+    where a signal has come. Whoever waits answers with the others meanwhile, so nobody is left alone in a call.
+    """
+    here, busy, stop = range(3)
+
+    def answer(own: int) -> int:
+        return processes.max(stop if processes.asked_to_stop() else own)
+
+    def wait() -> None:
+        while (said := answer(here)) == busy:
+            pass  # each answer takes as long as the others' work up to their next call
+        if said == stop:
+            raise Interrupted
+
+    return processes._replace(wait=wait, asked_to_stop=lambda: answer(busy) == stop)
 
 
 class Diverged(MachineError):

@@ -6,10 +6,8 @@ import signal
 
 import pytest
 import torch
-import yaml
-from tiny_runs import CLOCKED, final_hashes, run_config, save_teacher
+from tiny_runs import CLOCKED, final_hashes, run_config, save_teacher, small_protocol
 
-from diffdistill.evaluation.protocol import load_protocol
 from diffdistill.training import checkpoint, preview
 from diffdistill.training.engine import Engine
 from diffdistill.training.run import train
@@ -21,10 +19,7 @@ def folder(tmp_path_factory):
     """A folder with a teacher, a small protocol, and the run that nothing stops."""
     folder = tmp_path_factory.mktemp("signals")
     save_teacher(folder / "teacher")
-    short = load_protocol("digits-short").model_dump(mode="json")
-    views = [{"extractor": "digits", "metrics": ["fid", "pixels"]}]
-    protocol = {**short, "num_images": 60, "jackknife_groups": 10, "views": views}
-    (folder / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    small_protocol(folder / "protocol.yaml", 60)
     with pytest.MonkeyPatch.context() as patch:
         counted = SignalAtPass(patch, -1)
         train(config(folder, folder / "straight"), progress=False)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, DiTPipeline
 from test_checkpoint import flip
-from tiny_runs import CLOCKED, DRIVER, METHODS, Nursery, run_config, run_values, save_teacher
+from tiny_runs import CLOCKED, DRIVER, METHODS, Nursery, run_config, run_values, save_teacher, small_protocol
 
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
@@ -44,6 +44,11 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def timeless(line):
+    """Return the numbers of a logged line that no clock says; of three images some figures are none."""
+    return {key: value for key, value in line.items() if value is not None and key not in CLOCKED}
+
+
 def largest_difference(a, b):
     assert a.keys() == b.keys()
     return max(float((a[group][key].double() - b[group][key].double()).abs().max()) for group in a for key in a[group])
@@ -66,7 +71,9 @@ def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
         {"steps": 1, "method": {"name": "dmd", "regression": {}}, "optimizers": dict.fromkeys(("student", "fake"), sgd)},
     ]
     pairs = {"num": 2 * IMAGES_PER_PART + 1, "steps": 1}
-    changes = {"stages": stages, "pairs": pairs, "micro_batch_size": 2, "ema": None}
+    protocol = small_protocol(tmp_path / "protocol.yaml", 61)
+    looks = {"samples": {"every_steps": 4, "num": 3}, "validation": {"every_steps": 4, "steps": [2, 1], "protocol": protocol}}
+    changes = {"stages": stages, "pairs": pairs, "micro_batch_size": 2, "ema": None, **looks}
     train(run_config(teacher, tmp_path / "one", **changes), progress=False)
     config = write(tmp_path / "two.yaml", run_values(teacher, tmp_path / "two", **changes))
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -89,8 +96,7 @@ def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert largest_difference(one, two) < 1e-6  # four float32 terms in another order
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        timeless = set(a) - CLOCKED
-        assert {key: b[key] for key in timeless} == pytest.approx({key: a[key] for key in timeless}, rel=1e-4)
+        assert timeless(b) == pytest.approx(timeless(a), rel=1e-4)
     session = json.loads((tmp_path / "two" / "environment.json").read_text())[0]
     assert session["processes"] == 2
 
@@ -159,8 +165,7 @@ def test_a_split_run_equals_one_process_and_goes_on_in_any_number(teacher, nurse
             again()
         assert largest_difference(weights(tmp_path / "one"), weights(folder)) < 1e-6  # float32 sums in another order
         for a, b in zip(lines(tmp_path / "one"), lines(folder), strict=True):
-            timeless = {key for key, value in a.items() if value is not None} - CLOCKED  # of three images some figures are none
-            assert {key: b[key] for key in timeless} == pytest.approx({key: a[key] for key in timeless}, rel=1e-3)
+            assert timeless(b) == pytest.approx(timeless(a), rel=1e-3)
     assert (last / "role-student.safetensors").is_file()  # written by one process
     pictures = [(tmp_path / name / "samples" / "step_0000002.png").read_bytes() for name in ("one", "split")]
     assert pictures[0] == pictures[1]
@@ -258,6 +263,48 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, nursery, t
     found = checkpoint.newest(tmp_path / "run" / "checkpoints")[0]
     assert all(f"after step {found.step} of 100000" in output for output in outputs)
     assert all(value.isfinite().all() for value in found.tensors["role-student"].values() if isinstance(value, torch.Tensor))
+
+
+SIGNALLED = """
+import os, signal, sys
+from diffdistill.training import preview
+true, passes, told = preview.Stoppable.__call__, [], int(sys.argv.pop())
+def call(stoppable, x_t, t, cond):
+    passes.append(False)
+    if os.environ["RANK"] == "1" and len(passes) == told:
+        os.kill(os.getpid(), signal.SIGTERM)
+    answer = true(stoppable, x_t, t, cond)
+    passes[-1] = True
+    return answer
+preview.Stoppable.__call__ = call
+%s
+print("passes", len(passes), "answered", sum(passes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("parallel", "told"), [("ddp", 2), ("fsdp", 50 + 2 + 2)]
+)  # the second pass of process 1 for the scores
+def test_a_signal_to_one_process_in_a_validation_stops_both_before_their_next_pass(teacher, nursery, tmp_path, parallel, told):
+    protocol = small_protocol(tmp_path / "protocol.yaml", 60)
+    looks = {"samples": {"every_steps": 2, "num": 3}, "validation": {"every_steps": 2, "steps": [2], "protocol": protocol}}
+    changes = {"steps": 2, "micro_batch_size": 4, **looks}
+    train(run_config(teacher, tmp_path / "one", **changes), progress=False)
+    values, logs = run_values(teacher, tmp_path / "two", parallel=parallel, **changes), [tmp_path / f"log{k}" for k in range(2)]
+    processes = start(nursery, logs, write(tmp_path / "run.yaml", values), told, code=SIGNALLED % DRIVER)
+    assert [nursery.wait(process) for process in processes] == [0, 0], logs[1].read_text()
+    for rank, log in enumerate(logs):
+        made = 50 + 2 if parallel == "fsdp" or rank == 0 else 0  # for the samples
+        assert f"passes {made + 2} answered {made + 1}" in log.read_text()
+        assert "after step 2 of 2; everything is saved" in log.read_text()
+    assert checkpoint.newest(tmp_path / "two" / "checkpoints")[0].state["left"] == ["validation"]
+    train(parse_config(values), resume=True, progress=False)
+    assert not list((tmp_path / "two").glob(".validation*"))
+    one, two = (
+        sorted(map(timeless, lines(tmp_path / name)), key=lambda line: (line["step"], sorted(line))) for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_part_of_the_pairs(teacher, nursery, tmp_path):

@@ -1,20 +1,25 @@
 """What watches a run: drift figures on images of known statistics, and the score by which the best checkpoint is kept."""
 
+import collections
 import math
+import threading
 
 import pytest
 import torch
-import yaml
-from tiny_runs import run_config, save_teacher
+from thread_processes import in_threads
+from tiny_runs import run_config, save_teacher, small_protocol
 
-from diffdistill.evaluation.protocol import load_protocol
+from diffdistill import files
 from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import RectifiedFlowSchedule
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.training import checkpoint, drift
+from diffdistill.processes import ALONE
+from diffdistill.training import checkpoint, drift, preview
+from diffdistill.training.building import build_distiller, build_run_roles, open_teacher
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
+from diffdistill.training.stopping import stopping_together
 
 
 def test_saturation_is_the_share_of_values_at_the_ends():
@@ -58,25 +63,54 @@ def test_fake_lag_is_below_one_for_a_fake_nearer_to_the_student_than_the_teacher
     assert drift.fake_lag(Shrunk(0.9), Shrunk(0.5), of_every_step, cond, torch.Generator()) == pytest.approx(0.4 / 0.6)
 
 
-def test_the_checkpoint_of_lowest_fid_is_kept_and_loaded_as_best(tmp_path, monkeypatch):
-    from diffdistill.training import preview
+@pytest.mark.parametrize(
+    ("num_images", "in_step", "made"),
+    [(61, False, [31, 30]), (60, True, [30, 30]), (61, True, [61, 61])],  # split networks need as many passes in each process
+)
+def test_processes_share_the_images_of_a_validation_and_all_get_the_scores_of_one(
+    tmp_path, monkeypatch, num_images, in_step, made
+):
+    config = run_config(save_teacher(tmp_path / "t"), tmp_path / "run")
+    protocol = small_protocol(tmp_path / "tiny.yaml", num_images)
+    rows = collections.Counter()
+    true = preview.Stoppable.__call__
 
-    short = load_protocol("digits-short").model_dump(mode="json")
-    protocol = tmp_path / "tiny.yaml"
-    protocol.write_text(
-        yaml.safe_dump(
-            {
-                **short,
-                "num_images": 200,
-                "jackknife_groups": 10,
-                "views": [{"extractor": "digits", "metrics": ["fid", "pixels"]}],
-            }
-        )
-    )
+    def call(stoppable, x_t, t, cond):
+        rows[threading.get_ident()] += len(x_t)
+        return true(stoppable, x_t, t, cond)
+
+    monkeypatch.setattr(preview.Stoppable, "__call__", call)
+    monkeypatch.setattr(files, "_aside", lambda path: path.with_name(f"{path.name}.{threading.get_ident()}"))  # of threads
+
+    teachers = [open_teacher(config, "cpu") for _ in range(2)]  # not by the threads: diffusers patches torch while it loads
+    roles = [build_run_roles(config, teacher) for teacher in teachers]
+    opening = threading.Lock()
+
+    def scores(processes):
+        own, distiller = roles[processes.index], build_distiller(config.stages[0], roles[processes.index])
+        with opening:
+            validation = preview.Validation(
+                teachers[processes.index], protocol, (2, 1), tmp_path, stopping_together(processes), in_step
+            )
+        return threading.get_ident(), validation.scores(own, distiller, 7)
+
+    _, alone = scores(ALONE)
+    assert sum(rows.values()) == num_images * (2 + 1)
+    rows.clear()
+    shared = in_threads(2, scores)
+    assert [rows[thread] for thread, _ in shared] == [(2 + 1) * images for images in made]
+    for _, found in shared:
+        assert found == pytest.approx(alone, rel=1e-5)  # float32 features of other blocks of images
+    assert shared[0][1] == shared[1][1]
+    assert not list(tmp_path.glob(".validation*"))
+
+
+def test_the_checkpoint_of_lowest_fid_is_kept_and_loaded_as_best(tmp_path, monkeypatch):
+    protocol = small_protocol(tmp_path / "tiny.yaml", 200)
     true = preview.Validation.scores
 
-    def rising(self, roles, distiller):
-        scores = true(self, roles, distiller)
+    def rising(self, roles, distiller, step):
+        scores = true(self, roles, distiller, step)
         assert scores["fid"] == scores["eval/fid@2"] > 0 and 0 <= scores["eval/contrast@2"] <= 1
         rising.calls += 1
         return {**scores, "fid": {1: 5.0, 2: 3.0}.get(rising.calls, 9.0)}
@@ -88,7 +122,7 @@ def test_the_checkpoint_of_lowest_fid_is_kept_and_loaded_as_best(tmp_path, monke
         tmp_path / "run",
         steps=8,
         checkpoint={"every_steps": 4, "keep": 1},
-        validation={"every_steps": 2, "steps": [2], "protocol": str(protocol)},
+        validation={"every_steps": 2, "steps": [2], "protocol": protocol},
     )
     train(config, progress=False)
     assert rising.calls == 4

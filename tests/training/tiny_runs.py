@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from small_networks import save, unet
 
 from diffdistill.config import RunConfig, parse_config
+from diffdistill.evaluation.protocol import load_protocol
 from diffdistill.files import sha256
 
 METHODS = {
@@ -66,6 +68,14 @@ def run_values(teacher: Path, output: Path, method: str = "progressive", steps: 
 def run_config(*args, **changes) -> RunConfig:
     """Return the settings of a small run."""
     return parse_config(run_values(*args, **changes))
+
+
+def small_protocol(path: Path, num_images: int) -> str:
+    """Save a protocol that scores so many digits by FID and contrast, and return where."""
+    short = load_protocol("digits-short").model_dump(mode="json")
+    views = [{"extractor": "digits", "metrics": ["fid", "pixels"]}]
+    path.write_text(yaml.safe_dump({**short, "num_images": num_images, "jackknife_groups": 10, "views": views}))
+    return str(path)
 
 
 def final_hashes(folder: Path) -> dict[str, str]:
