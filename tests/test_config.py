@@ -63,6 +63,16 @@ def test_every_recipe_parses_and_comes_back_equal(name, write):
     assert config.output.parts[0] == "runs"
 
 
+def test_a_run_that_reads_its_pairs_comes_back_equal(write):
+    pairs = {
+        "data": {"kind": "labels"},
+        "pairs": {"path": "runs/first"},
+        "stages": [{"steps": 1, "method": {"name": "dmd", "regression": {}}}],
+    }
+    config = parse_config({**yaml.safe_load(DMD2), **pairs})
+    assert load_config(write(dump_config(config))) == config
+
+
 @pytest.mark.parametrize("name", RUN_RECIPES)
 def test_every_recipe_opens_with_what_paper_cost_result_and_command(name):
     said = recipes.describe_recipe(name)

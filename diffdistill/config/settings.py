@@ -145,8 +145,9 @@ class PairsConfig(_Frozen):
             raise ValueError(
                 f"give either path (pairs that exist) or num (pairs to make); got path={self.path} and num={self.num}"
             )
-        if self.path is not None and self.model_fields_set & {"steps", "guidance"}:
-            raise ValueError("steps and guidance have no effect on pairs read from path; leave them out")
+        unused = [name for name in ("steps", "guidance") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.path is not None and unused:
+            raise ValueError(f"{' and '.join(unused)} have no effect on pairs read from path; leave them out")
         return self
 
 
