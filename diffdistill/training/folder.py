@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 import yaml
 
-from diffdistill.config import RunConfig, dump_config
+from diffdistill.config import RunConfig, dump_config, load_config
 from diffdistill.errors import UserError
 from diffdistill.files import hash_json, remove_leftovers, write_atomic, write_json
 from diffdistill.training import checkpoint, layout
@@ -61,7 +61,8 @@ class RunFolder:
         """Refuse a folder in which this run may not start or go on. Reads only.
 
         Raises:
-            UserError: another run, other files, or a config that differs; names every differing field.
+            UserError: another run, other files, or a config that differs; names every differing setting. One that the version
+                which started the run did not know yet has its default.
         """
         if not self.config.is_file():
             if self.path.is_dir() and any(path.name != layout.LOCK for path in self.path.iterdir()):
@@ -71,12 +72,32 @@ class RunFolder:
             return
         if not resume:
             raise UserError(f"{self.path} already holds a run. Go on with it by --resume, or choose another output.")
-        if changed := differences(read_yaml(self.config), comparable(config)):
+        if changed := differences(comparable(self._started_with()), comparable(config)):
             raise UserError(
                 f"the config differs from the one {self.path} was started with:\n"
                 + "\n".join(f"  {line}" for line in changed)
                 + "\nResume with the old values, or start a new run in another output."
             )
+
+    def _started_with(self) -> RunConfig:
+        """Return the config that the run was started with, what it does not say at its default.
+
+        Raises:
+            UserError: a file that is damaged, or says what this version does not know; names the version that wrote it.
+        """
+        try:
+            return load_config(self.config)
+        except UserError as error:
+            version = next((session["versions"]["diffdistill"] for session in self._sessions()), "of unknown version")
+            raise UserError(
+                f"{error}\nThe run was started with this config by diffdistill {version}. Put back what was edited in it, go on with "
+                "that version, or start a new run in another output."
+            ) from error
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of what config.yaml says, without `FREE`: the same in every version, whatever settings it knows."""
+        return hash_json({key: value for key, value in read_yaml(self.config).items() if key not in FREE})
 
     def check_teacher(self, fingerprints: Mapping[str, str]) -> None:
         """Refuse another teacher than the one the run was started with. Reads only.
@@ -181,11 +202,6 @@ def _take(handle: IO[str]) -> None:
 def comparable(config: RunConfig) -> dict[str, Any]:
     """Return the config as the plain values that its YAML reads back as."""
     return yaml.safe_load(dump_config(config))
-
-
-def config_hash(config: RunConfig) -> str:
-    """Return the SHA-256 of a config without `FREE`."""
-    return hash_json({key: value for key, value in comparable(config).items() if key not in FREE})
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

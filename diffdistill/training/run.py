@@ -36,7 +36,7 @@ from diffdistill.training.conditions import Conditions
 from diffdistill.training.data_feed import build_source, micro_batch_size, resumed_micro_batch_size
 from diffdistill.training.detectors import Alarms
 from diffdistill.training.engine import Engine
-from diffdistill.training.folder import RunFolder, comparable, config_hash
+from diffdistill.training.folder import RunFolder, comparable
 from diffdistill.training.lifeline import Lifeline
 from diffdistill.training.loading import load_roles, stored_roles
 from diffdistill.training.memory_auto import Choice, available, choose, least_room
@@ -193,7 +193,7 @@ class _Run:
         return found
 
     def _refuse_other_run(self, found: Checkpoint) -> None:
-        if found.state["config"] != config_hash(self.config):
+        if found.state["config"] != self.folder.config_hash:
             raise UserError(
                 f"{found.path} was made with another config than {self.folder.config}, which must have been edited "
                 "since. Put it back as it was, or start a new run in another output."
@@ -479,7 +479,7 @@ class _Run:
             "engine": None if ended else engine.state(),
             "skipped_before": self.skipped_before,
             "micro_batch_size": self.size,
-            "config": config_hash(self.config),
+            "config": self.folder.config_hash,
         }
         writers = self.processes if self.split else ALONE
         self.saved = checkpoint.save(self.folder.checkpoints, self.done, tensors, state, writers)

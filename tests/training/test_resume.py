@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import flip, truncate
 from tiny_runs import CLOCKED, METHODS, final_hashes, run_config, run_values, save_teacher, start
 
+from diffdistill.config import load_config
 from diffdistill.data.batches import ImageSource
 from diffdistill.data.digits import digits
 from diffdistill.data.pairs import Pairs
@@ -231,6 +233,61 @@ def test_a_changed_config_is_refused_naming_the_fields(teacher, tmp_path):
         and '  ema: {"decay": 0.9, "offload": false} -> null\n' in text
     )
     assert "logging" not in text and "batch_size" not in text
+
+
+def older(values):
+    """Drop from the values of a config what its version did not know yet."""
+    del values["compute"], values["memory"], values["parallel"], values["roles"]["rows_at_once"], values["ema"]["offload"]
+    del values["stages"][0]["optimizers"]["student"]["offload"]
+
+
+def made_by_another_version(folder, change):
+    """Make a run folder as it would be if the version that wrote it had written the values of the config so changed."""
+    file = folder / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    change(values)
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    for path in checkpoint.available(folder / "checkpoints"):
+        content = json.loads((path / checkpoint.STATE).read_text())
+        (path / checkpoint.STATE).unlink()
+        state = {**content["state"], "config": RunFolder(folder).config_hash}
+        checkpoint._seal(path, content["step"], state, content["files"])
+
+
+def test_a_run_started_before_there_were_some_settings_goes_on(teacher, straight, tmp_path, monkeypatch):
+    config, folder = run_config(teacher, tmp_path / "run"), tmp_path / "run"
+    signal_at(monkeypatch, (0, 4), (0, 6))
+    with pytest.raises(Stopped):
+        train(config, progress=False)
+    made_by_another_version(folder, older)
+    old = (folder / "config.yaml").read_text()
+    with pytest.raises(Stopped):
+        train(config, resume=True, progress=False)
+    train(load_config(folder / "config.yaml"), resume=True, progress=False)  # its checkpoint is of the new version
+    assert (final_hashes(folder), lines(folder)) == straight["progressive"]
+    assert (folder / "config.yaml").read_text() == old and load_run(folder).step == 10
+
+
+def test_a_setting_unknown_when_the_run_started_is_refused_unless_it_is_at_its_default(teacher, tmp_path):
+    train(run_config(teacher, tmp_path / "run", steps=2), progress=False)
+    made_by_another_version(tmp_path / "run", older)
+    changed = run_config(teacher, tmp_path / "run", steps=2, compute={"channels_last": True}, parallel="fsdp")
+    with pytest.raises(UserError) as caught:
+        train(changed, resume=True, progress=False)
+    differing = str(caught.value).splitlines()[1:-1]
+    assert differing == ["  compute.channels_last: false -> true"]
+
+
+def test_a_setting_that_is_no_longer_known_is_told_with_the_version_that_knew_it(teacher, tmp_path):
+    train(run_config(teacher, tmp_path / "run", steps=2), progress=False)
+    made_by_another_version(tmp_path / "run", lambda values: values.update(turbo=True))
+    with pytest.raises(UserError) as caught:
+        train(run_config(teacher, tmp_path / "run", steps=2), resume=True, progress=False)
+    version = RunFolder(tmp_path / "run")._sessions()[0]["versions"]["diffdistill"]
+    assert re.search(r"run/config.yaml has one mistake:\n  turbo: unknown key", str(caught.value))
+    assert f"was started with this config by diffdistill {version}. Put back what was edited in it, go on with" in str(
+        caught.value
+    )
 
 
 def test_an_edited_run_folder_is_noticed(teacher, tmp_path):
