@@ -527,13 +527,13 @@ def doctor(*, json: Json = False) -> int:
 
 @app.command(sort_key=11)
 def bench(
-    *overrides: str,
+    *words: str,
     parts: Words = (),
     teachers: Words = (),
     methods: Words = (),
     layouts: Words = (),
-    batch: int | None = None,
-    seconds: float = 10.0,
+    seconds: float | None = None,
+    resume: bool = False,
     check: bool = False,
     against: Path | None = None,
     output: Output | None = None,
@@ -542,36 +542,51 @@ def bench(
     """Measure steps, sampling, starts and overhead against the network passes they must do, on the GPU where there is one.
 
     Args:
-        overrides: further settings of the runs whose steps and samples are measured, a.b=c each, such as compute.attention=math.
-        parts: of steps, samples, starts and overhead; all when left out.
-        teachers: embedded ones, or sd15, Stable Diffusion 1.5's network with random weights; what suits the device when left out.
-        methods: names in the table of the benchmark; all when left out.
-        layouts: copies, shared; both when left out.
-        batch: samples of a step; the teacher's own number when left out.
-        seconds: for the timed rounds of each row.
+        words: the definition, which is cpu, gpu or a YAML file and what suits the device when left out; and further settings of the
+            runs whose steps and samples are measured, a.b=c each, such as compute.compile=blocks.
+        parts: of steps, samples, starts and overhead; the definition's when left out.
+        teachers: of the definition; all when left out.
+        methods: of the definition; all when left out.
+        layouts: of the definition; all when left out.
+        seconds: for the timed rounds of each row, in place of the definition's.
+        resume: take from the output what this commit has measured with these settings.
         check: exit status 1 if something got worse than the kept results say, by more than their noise.
-        against: kept results; those of the repository when left out.
-        output: folder for bench.json and performance.md; rows that it holds and that are not measured again stay.
+        against: kept results; those beside the definition when left out.
+        output: folder for results, by the definition's name, and performance.md; rows that it holds and that are not measured stay.
     """
     from diffdistill.bench import results
     from diffdistill.bench.check import worse
+    from diffdistill.bench.definition import definition_path, read_definition
     from diffdistill.bench.page import page
     from diffdistill.bench.run import bench as run
     from diffdistill.files import write_atomic
 
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise UserError(f"one definition is measured at a time; got {', '.join(names)}.")
+    path = definition_path(*names)
+    definition = read_definition(path).with_options(parts, seconds)
+    cells = definition.cells(teachers, methods, layouts)
     _folder(output)
-    kept = results.read_kept(results.COMMITTED if against is None else against) if check else {}
+    title = results.title(overrides)
+    kept = results.read_kept(against or path.with_suffix(".json"), title) if check else None
+    file = None if output is None else output / f"{path.stem}.json"
+    if file is None and resume:
+        raise UserError("--resume goes on with the results in a folder; name it by --output.")
+    known = results.read(file).get(title) if file is not None and resume else None
 
     def keep(found: results.Results) -> None:
-        if output is not None:
-            write_atomic(output / "performance.md", page(results.write(output / results.FILE, found)))
+        if file is not None:
+            results.write(file, found)
+            write_atomic(file.with_name("performance.md"), page(results.read_all(file.parent)))
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    found = run(parts, teachers, methods, layouts, batch, seconds, overrides, say, keep)
-    _print_json(found.model_dump(mode="json")) if json else print(page({found.machine.device: found}))
-    lines = worse(results.of_kind(kept, found.machine), found) if check else []
+    found = run(definition, cells, overrides, known, say, keep)
+    _print_json(found.model_dump(mode="json")) if json else print(page({found.title: found}))
+    lines = [] if kept is None else worse(kept, found)
     for line in lines:
         print(f"worse: {line}", file=sys.stderr)
     return MACHINE if lines else 0

@@ -46,7 +46,7 @@ class Comparison:
 
 
 def compare(action: Callable[[], object], session: Session, clock: Clock, seconds: float, per_round: int = 1) -> Comparison:
-    """Do an action and then its passes bare, again and again.
+    """Do an action and then its passes bare, again and again; the first round is not counted, since passes may be compiled in it.
 
     Args:
         action: what is compared, such as a step.
@@ -57,16 +57,23 @@ def compare(action: Callable[[], object], session: Session, clock: Clock, second
     """
     found = Comparison(per_round)
     gc.collect()
+    _round(action, session, clock, per_round)
     while len(found.times) < MIN_ROUNDS or sum(found.times) + sum(found.floors) < seconds:
-        time, floor, calls_of_round = 0.0, 0.0, []
-        for _ in range(per_round):
-            with recorded(session.roles) as calls:
-                time += clock(action)
-            with session.engine.autocast():
-                floor += sum(bare(call, session.roles, clock) for call in calls)
-            calls_of_round += calls
+        time, floor, calls = _round(action, session, clock, per_round)
         found.times.append(time)
         found.floors.append(floor)
         if len(found.calls) < MIN_ROUNDS:
-            found.calls.append(calls_of_round)
+            found.calls.append(calls)
     return found
+
+
+def _round(action: Callable[[], object], session: Session, clock: Clock, per_round: int) -> tuple[float, float, list[Call]]:
+    """Return the time of the actions of a round, that of their passes, and the passes."""
+    time, floor, calls_of_round = 0.0, 0.0, list[Call]()
+    for _ in range(per_round):
+        with recorded(session.roles) as calls:
+            time += clock(action)
+        with session.engine.autocast():
+            floor += sum(bare(call, session.roles, clock) for call in calls)
+        calls_of_round += calls
+    return time, floor, calls_of_round

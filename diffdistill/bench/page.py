@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from diffdistill.bench import matrix
-from diffdistill.bench.check import MAX_OVERHEAD, MAX_START_S, NOISE
+from diffdistill.bench.check import NOISE
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.timing import Ratio
 
-STEP_AIM = {"CPU": 1.10, "GPU": 1.05}
-SAMPLE_AIM = 1.03
-
 HEAD = f"""# Speed: what is spent above what must be
 
-`make bench` writes this page; `diffdistill bench --help` shows how to measure a part of it, and `diffdistill bench --check` compares a
-new measurement with the one kept in `eval/results/bench.json`.
+`make bench` writes this page, of what `eval/bench/cpu.yaml` says, and `make bench-gpu` of `eval/bench/gpu.yaml`. `diffdistill bench --help` shows how
+to measure a part, other methods, settings or teachers, and `diffdistill bench --check` compares a new measurement with the one kept beside its definition.
 
 **The floor is counted.** Every call of a network in a step is written down: whose network, how many samples, and whether a backward pass came
 to it and what that was for. Backward into the inputs through a frozen network costs less than backward into its weights, and a network
@@ -37,53 +35,45 @@ plain fine-tuning of one adapter on the same network, which keeps one adapter an
 
 
 def page(results: Mapping[str, Results]) -> str:
-    """Return the page of what was found, by device."""
-    return "\n".join([HEAD, *(_section(each) for each in results.values())])
+    """Return the page of what was found, by title."""
+    return "\n".join([HEAD, *(_section(title, found) for title, found in results.items())])
 
 
-def _section(found: Results) -> str:
-    parts = [f"## {found.machine.device}", f"`{found.command}`, {_facts(found.machine)}."]
+def _section(title: str, found: Results) -> str:
+    aims, parts = found.aims, [f"## {title}", f"{_facts(found.machine)}. {_commits(found)}"]
     if found.steps:
-        aim = STEP_AIM["CPU" if found.machine.device.endswith("processor") else "GPU"]
-        parts += ["### A step", f"Aim: at most {aim:.2f}. {above(found.steps, aim)}", steps_table(found.steps)]
-    if missing := unmeasured(found):
-        parts += [f"Not measured yet, or not with these settings: {'; '.join(missing)}."]
+        parts += [
+            "### A step",
+            f"{len(found.steps)} of {found.num_cells} cells are measured. Build is the time in which teacher, roles and optimisers were made; warm-up is by "
+            "how much the first steps took longer than later ones, compiling and recording among it; both on the wall.",
+            f"Aim: at most {aims.step:.2f}. {above(found.steps, aims.step)}",
+            steps_table(found.steps),
+        ]
     if found.refused:
-        lines = [f"- {row.teacher}, {row.method}, {row.layout}: {row.reason}" for row in found.refused]
+        lines = [f"- {row.key}: {row.reason}" for row in found.refused]
         parts += ["Cells that cannot be:", "\n".join(lines)]
     if found.samples:
         parts += [
             "### An image in few steps",
             "What `diffdistill sample` does between the encoded condition and the decoded image, for a student of the batch, and apart from it "
             "the encoder and the decoder. Noise is drawn for each image by its own generator, so that an image does not depend on its batch.",
-            f"Aim: at most {SAMPLE_AIM:.2f}. {above(found.samples, SAMPLE_AIM)}",
+            f"Aim: at most {aims.sample:.2f}. {above(found.samples, aims.sample)}",
             samples_table(found.samples),
         ]
     if found.starts:
         parts += [
             "### From the command to the first step",
-            f"Digits UNet, DMD2, in a process of its own with a warm file cache, to the line that tells of the first step. Aim: under {MAX_START_S:g} s.",
+            f"Digits UNet, DMD2, in a process of its own with a warm file cache, to the line that tells of the first step. Aim: under {aims.start_seconds:g} s.",
             starts_table(found.starts),
         ]
     if found.overhead:
         parts += [
             "### Beside the steps",
             "Digits UNet, DMD2, batch 128: time on the wall of each event in a run of 1,000 steps at the default settings, validation switched on at its "
-            f"defaults. What is made once counts in full. Aim: under {100 * MAX_OVERHEAD:g} %.",
+            f"defaults. What is made once counts in full. Aim: under {100 * aims.overhead:g} %.",
             overhead_table(found.overhead),
         ]
     return "\n\n".join(parts) + "\n"
-
-
-def unmeasured(found: Results) -> list[str]:
-    """Return the cells of the measured teachers that there is no row for, "teacher layout: methods"."""
-    had = {row.key for row in (*found.steps, *found.refused)}
-    teachers = dict.fromkeys(row.teacher for row in (*found.steps, *found.refused))
-    missing: dict[str, list[str]] = {}
-    for cell in matrix.cells(list(teachers)) if teachers else []:
-        if cell.key not in had:
-            missing.setdefault(f"{cell.teacher} {cell.layout}", []).append(cell.method)
-    return [f"{place}: {', '.join(methods)}" for place, methods in missing.items()]
 
 
 def above(rows: Sequence[StepRow] | Sequence[SampleRow], aim: float) -> str:
@@ -100,10 +90,14 @@ def above(rows: Sequence[StepRow] | Sequence[SampleRow], aim: float) -> str:
 
 def _facts(machine: Machine) -> str:
     threads = "one thread" if machine.threads == 1 else f"{machine.threads} threads"
-    commit = f", commit {machine.revision}" if machine.revision else ""
-    return (
-        f"{threads}, torch {machine.torch}, diffusers {machine.diffusers}, Python {machine.python}, {machine.platform}{commit}"
-    )
+    return f"{threads}, torch {machine.torch}, diffusers {machine.diffusers}, Python {machine.python}, {machine.platform}"
+
+
+def _commits(found: Results) -> str:
+    """Return by which commits the rows were measured, and under which load."""
+    counts = Counter(row.revision for row in found.measured)
+    commits = ", ".join(f"{num} rows by commit {commit or 'unknown'}" for commit, num in counts.items())
+    return f"{commits}. Load for each core of the machine while they were measured: median {statistics.median(row.load for row in found.measured):.1f}."
 
 
 def steps_table(rows: Sequence[StepRow]) -> str:
@@ -118,7 +112,8 @@ def steps_table(rows: Sequence[StepRow]) -> str:
             "step ms": lambda row: f"{row.step_ms:.0f}",
             "floor ms": lambda row: f"{row.floor_ms:.0f}",
             "step / floor": lambda row: ratio_text(row.ratio),
-            "first step s": lambda row: f"{row.first_step_s:.2f}",
+            "build s": lambda row: f"{row.build_s:.1f}",
+            "warm-up s": lambda row: f"{row.warm_up_s:.1f}",
             "peak MiB": lambda row: f"{row.peak_mib:.0f}",
             "memory / floor": lambda row: f"{row.memory:.2f}",
             "of plain LoRA": lambda row: "" if row.of_plain is None else f"{row.of_plain:.2f}",

@@ -181,7 +181,7 @@ def random_network(build: Callable[[], Any], device: torch.device, std: float = 
     return network
 
 
-def sd15_teacher(device: torch.device) -> Teacher:
-    """Return Stable Diffusion 1.5's network at 512 pixels with random weights."""
-    model = MODELS["sd15"]
+def random_teacher(name: str, device: torch.device) -> Teacher:
+    """Return a published network, a key of MODELS, with random weights."""
+    model = MODELS[name]
     return teacher_of(model, random_network(model.build, device), model.state)

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -15,12 +15,10 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from diffdistill.bench.definition import Aims
 from diffdistill.bench.timing import Ratio
 from diffdistill.errors import UserError, unknown_name
 from diffdistill.files import write_json
-
-FILE = "bench.json"
-COMMITTED = Path(__file__).resolve().parents[2] / "eval" / "results" / FILE
 
 
 class _Row(BaseModel):
@@ -28,7 +26,7 @@ class _Row(BaseModel):
 
 
 class Machine(_Row):
-    """Where and of what it was measured; `load` is that of the last five minutes over the number of its cores, this process's included."""
+    """Where it was measured, and by which versions."""
 
     device: str
     platform: str
@@ -36,8 +34,20 @@ class Machine(_Row):
     python: str
     torch: str
     diffusers: str
-    revision: str
-    load: float | None = None
+
+
+class _Measured(_Row):
+    """A row that was measured.
+
+    Attributes:
+        revision: commit of the code, with a plus sign where the code was changed since; "" where it is installed without one.
+        settings: hash of the settings that decide the numbers, see `Definition.settings`.
+        load: of the machine in the last minute over the number of its cores, this process's included.
+    """
+
+    revision: str = ""
+    settings: str = ""
+    load: float = 0.0
 
 
 class PassRow(_Row):
@@ -49,7 +59,7 @@ class PassRow(_Row):
     per_step: float
 
 
-class StepRow(_Row):
+class StepRow(_Measured):
     """A step of a cell beside its passes alone.
 
     Attributes:
@@ -57,7 +67,9 @@ class StepRow(_Row):
         step_ms, floor_ms: means of a step over the same steps.
         ratio: of the two, by cycles of the method's turns.
         rounds: cycles.
-        first_step_s: time of the very first one, with whatever is made or compiled once.
+        build_s: time on the wall in which the stage was built: its teacher, roles, optimisers.
+        warm_up_s: by how much the first two cycles took longer than two later ones, on the wall: with what is compiled, recorded or
+            made once.
         peak_mib: kept, and the most that a step adds.
         memory: peak over (all that is kept, and one student graph).
         of_plain: in the shared layout, peak over (base, the student's adapter, its optimiser and one student graph): plain
@@ -73,7 +85,8 @@ class StepRow(_Row):
     floor_ms: float
     ratio: Ratio
     rounds: int
-    first_step_s: float
+    build_s: float
+    warm_up_s: float
     peak_mib: float
     memory: float
     of_plain: float | None
@@ -81,10 +94,10 @@ class StepRow(_Row):
     @property
     def key(self) -> str:
         """Name of the row in messages and comparisons."""
-        return f"{self.teacher} {self.method} {self.layout}"
+        return f"{self.teacher} {self.method} {self.layout} {self.batch}"
 
 
-class SampleRow(_Row):
+class SampleRow(_Measured):
     """Images of the student beside the passes they must do; what is encoded before and decoded after is apart."""
 
     teacher: str
@@ -102,10 +115,15 @@ class SampleRow(_Row):
     @property
     def key(self) -> str:
         """Name of the row."""
-        return f"{self.teacher} {self.layout} {self.rule} {self.steps} steps"
+        return sample_key(self.teacher, self.layout, self.batch, self.rule, self.steps)
 
 
-class StartRow(_Row):
+def sample_key(teacher: str, layout: str, batch: int, rule: str, steps: int) -> str:
+    """Return the name of a row of images."""
+    return f"{teacher} {layout} {batch} {rule} {steps} steps"
+
+
+class StartRow(_Measured):
     """From the command to the first finished step, in a process of its own: medians."""
 
     what: str
@@ -119,7 +137,7 @@ class StartRow(_Row):
         return self.what
 
 
-class OverheadRow(_Row):
+class OverheadRow(_Measured):
     """What is done beside the steps: time of one, and its share of a run of 1,000 steps at the default settings."""
 
     what: str
@@ -139,50 +157,77 @@ class Refused(_Row):
     teacher: str
     method: str
     layout: str
+    batch: int
     reason: str
 
     @property
     def key(self) -> str:
         """Name of the cell."""
-        return f"{self.teacher} {self.method} {self.layout}"
+        return f"{self.teacher} {self.method} {self.layout} {self.batch}"
 
 
 class Results(_Row):
-    """All tables of one machine.
+    """All tables of one device and one set of overrides.
 
     Attributes:
-        command: what measures them all, with the settings that decide the numbers.
+        overrides: settings of all runs, "a.b=c" each, beside the definition's.
+        aims: of the definition.
+        num_cells: cells that the definition has.
     """
 
     machine: Machine
-    command: str
+    overrides: tuple[str, ...] = ()
+    aims: Aims = Aims()
+    num_cells: int
     steps: tuple[StepRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
     starts: tuple[StartRow, ...] = ()
     overhead: tuple[OverheadRow, ...] = ()
     refused: tuple[Refused, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """What they are the results of."""
+        return ", ".join((self.machine.device, *self.overrides))
 
-def machine(device: torch.device) -> Machine:
+    @property
+    def measured(self) -> tuple[StepRow | SampleRow | StartRow | OverheadRow, ...]:
+        """The rows of all tables."""
+        return (*self.steps, *self.samples, *self.starts, *self.overhead)
+
+
+def title(overrides: Sequence[str]) -> str:
+    """Return what results of this machine are kept under."""
+    return ", ".join((_device(), *overrides))
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} processor"
+
+
+def machine() -> Machine:
     """Return the facts of this machine."""
-    on_gpu = device.type == "cuda"
     return Machine(
-        device=torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} processor",
+        device=_device(),
         platform=platform.platform(),
         threads=torch.get_num_threads(),
         python=sys.version.split()[0],
         torch=torch.__version__,
         diffusers=metadata.version("diffusers"),
-        revision=_revision(),
-        load=round(os.getloadavg()[1] / (os.cpu_count() or 1), 2),
     )
 
 
-def _revision() -> str:
-    """Return the commit of the source, "" where it is installed without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip()
+def revision() -> str:
+    """Return the commit of the source as `_Measured` has it."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
+    return f"{commit}{'+' * changed}" if commit else ""
+
+
+def load() -> float:
+    """Return the load of the machine as `_Measured` has it."""
+    return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
 
 
 Keyed = TypeVar("Keyed", StepRow, SampleRow, StartRow, OverheadRow, Refused)
@@ -210,7 +255,7 @@ def merged(old: Results, new: Results) -> Results:
 
 
 def read(path: Path) -> dict[str, Results]:
-    """Return the results in a file by device, none where there is no file.
+    """Return the results in a file by title, none where there is no file.
 
     Raises:
         UserError: a file of something else.
@@ -218,39 +263,34 @@ def read(path: Path) -> dict[str, Results]:
     if not path.is_file():
         return {}
     try:
-        return {device: Results.model_validate(value) for device, value in json.loads(path.read_bytes()).items()}
+        return {title: Results.model_validate(value) for title, value in json.loads(path.read_bytes()).items()}
     except (ValueError, ValidationError, AttributeError) as error:
         raise UserError(f"{path} does not hold results of `diffdistill bench`: {error}") from error
 
 
-def read_kept(path: Path) -> dict[str, Results]:
-    """Return the results in a file by device.
+def read_kept(path: Path, title: str) -> Results:
+    """Return the results of a title in a file.
 
     Raises:
-        UserError: no such file, or one of something else.
+        UserError: no such file, one of something else, or no such results in it.
     """
     if not path.is_file():
         raise UserError(
             f"there are no kept results at {path}. Make them with `diffdistill bench -o FOLDER`, or name a file by --against."
         )
-    return read(path)
-
-
-def of_kind(found: Mapping[str, Results], like: Machine) -> Results:
-    """Return the results of the same device.
-
-    Raises:
-        UserError: there are none; lists those that there are.
-    """
-    if like.device not in found:
-        raise unknown_name("device of kept results", like.device, found)
-    return found[like.device]
-
-
-def write(path: Path, results: Results) -> dict[str, Results]:
-    """Put results into a file, in the place of those of the same device, and return all that it holds."""
     found = read(path)
-    device = results.machine.device
-    found[device] = merged(found[device], results) if device in found else results
-    write_json(path, {name: each.model_dump(mode="json") for name, each in found.items()})
-    return found
+    if title not in found:
+        raise unknown_name("device of kept results", title, found)
+    return found[title]
+
+
+def write(path: Path, results: Results) -> None:
+    """Put results into a file, in the place of those of the same title."""
+    found = read(path)
+    found[results.title] = merged(found[results.title], results) if results.title in found else results
+    write_json(path, {title: each.model_dump(mode="json") for title, each in found.items()})
+
+
+def read_all(folder: Path) -> dict[str, Results]:
+    """Return the results of all definitions in a folder, "definition: title"."""
+    return {f"{path.stem}: {title}": each for path in sorted(folder.glob("*.json")) for title, each in read(path).items()}

@@ -4,101 +4,130 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shlex
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from diffdistill.bench import matrix
+from diffdistill.bench.definition import Cell, Definition
 from diffdistill.bench.overhead import measure_overhead
-from diffdistill.bench.results import OverheadRow, Refused, Results, SampleRow, StartRow, StepRow, machine
+from diffdistill.bench.results import (
+    OverheadRow,
+    Refused,
+    Results,
+    SampleRow,
+    StartRow,
+    StepRow,
+    load,
+    machine,
+    revision,
+    sample_key,
+)
 from diffdistill.bench.sampling import measure_samples
+from diffdistill.bench.session import Session, open_session
 from diffdistill.bench.starts import measure_starts
 from diffdistill.bench.steps import measure_step
 from diffdistill.device import usual_device
-from diffdistill.errors import UserError, unknown_name
+from diffdistill.errors import UserError
 
-PARTS = ("steps", "samples", "starts", "overhead")
 Row = StepRow | SampleRow | StartRow | OverheadRow | Refused
+Done = dict[tuple[str, str], Any]
+"""Rows that need not be measured, by key and hash of their settings."""
 
 
 def bench(
-    parts: Sequence[str] = (),
-    teachers: Sequence[str] = (),
-    methods: Sequence[str] = (),
-    layouts: Sequence[str] = (),
-    batch: int | None = None,
-    seconds: float = 10.0,
+    definition: Definition,
+    cells: Sequence[Cell],
     overrides: Sequence[str] = (),
+    known: Results | None = None,
     say: Callable[[str], None] = lambda text: None,
     keep: Callable[[Results], object] = lambda found: None,
 ) -> Results:
-    """Measure what is asked for and return the tables.
+    """Measure cells of a definition, and its other parts, and return the tables.
 
     Args:
-        parts: of PARTS; all when empty. Starts and overhead are those of the digits, whatever the teachers.
-        teachers, methods, layouts, batch: as for `matrix.cells`; the embedded teachers when empty, on a GPU Stable Diffusion 1.5's network.
-        seconds: for the timed rounds of each row.
+        definition: what is measured.
+        cells: of it; their teachers, layouts and batches are those of the samples, too.
         overrides: further settings of the runs whose steps and samples are measured, "a.b=c" each.
-        say: told of each row.
+        known: earlier results; rows that this commit measured with the same settings are taken from them.
+        say: told of each row that is measured.
         keep: given all tables so far after each row.
     Raises:
-        UserError: a name that is not known, or nothing that can be measured.
+        UserError: no cell can be measured.
     """
-    for part in parts:
-        if part not in PARTS:
-            raise unknown_name("part of the benchmark", part, PARTS)
-    if batch is not None and batch < 1:
-        raise UserError(f"batch must be at least 1; got {batch}.")
-    if seconds <= 0:
-        raise UserError(f"seconds must be positive; got {seconds:g}.")
-    device = usual_device()
-    asked = matrix.cells(teachers or (matrix.ON_GPU if device.type == "cuda" else matrix.ON_CPU), methods, layouts, batch)
+    device, commit = usual_device(), revision()
+    done = {} if known is None else {(row.key, row.settings): row for row in known.measured if row.revision == commit}
     with _one_thread(device), tempfile.TemporaryDirectory(prefix="diffdistill-bench-") as folder:
-        found = Results(machine=machine(device), command=_command(seconds, batch, overrides))
-        for table, row in _rows(parts or PARTS, asked, seconds, overrides, Path(folder)):
-            found = found.model_copy(update={table: (*getattr(found, table), row), "machine": machine(device)})
-            say(_text(row))
+        aims, num_cells = definition.aims, len(definition.cells())
+        found = Results(machine=machine(), overrides=tuple(overrides), aims=aims, num_cells=num_cells)
+        for table, settings, row in _rows(definition, cells, overrides, done, Path(folder)):
+            if not isinstance(row, Refused) and row not in done.values():
+                row = row.model_copy(update={"revision": commit, "settings": settings, "load": load()})
+                say(_text(row))
+            found = found.model_copy(update={table: (*getattr(found, table), row)})
             keep(found)
-    if found.refused and not found.steps:
+    if found.refused and not found.measured:
         raise UserError("\n".join(map(_text, found.refused)))
     return found
 
 
-def _command(seconds: float, batch: int | None, overrides: Sequence[str]) -> str:
-    """Return the command that measures everything with the same settings."""
-    size = () if batch is None else ("--batch", str(batch))
-    return shlex.join(["diffdistill", "bench", *overrides, "--seconds", f"{seconds:g}", *size])
+Found = tuple[str, str, Row]
+"""Name of a table, hash of the settings, and the row."""
 
 
-def _rows(
-    parts: Sequence[str], asked: Sequence[matrix.Cell], seconds: float, overrides: Sequence[str], folder: Path
-) -> Iterator[tuple[str, Row]]:
-    """Measure one row after the other; each comes with the name of its table."""
-    if "steps" in parts:
-        for cell in asked:
-            try:
-                yield "steps", measure_step(cell, seconds, overrides)
-            except UserError as error:
-                yield "refused", Refused(teacher=cell.teacher, method=cell.method, layout=cell.layout, reason=str(error))
-            _free()
-    if "samples" in parts:
-        for teacher, layout, batch in dict.fromkeys((cell.teacher, cell.layout, cell.batch) for cell in asked):
-            for row in measure_samples(teacher, layout, batch, seconds, overrides):
-                yield "samples", row
-            _free()
-    if "starts" in parts:
-        yield from (("starts", row) for row in measure_starts(folder))
-    if "overhead" in parts:
-        yield from (("overhead", row) for row in measure_overhead(folder))
+def _rows(definition: Definition, cells: Sequence[Cell], overrides: Sequence[str], done: Done, folder: Path) -> Iterator[Found]:
+    """Measure one row after the other, but for those that are done."""
+    if "steps" in definition.parts:
+        for cell in cells:
+            yield from _or_refused(cell, _step(definition, cell, overrides, done))
+    if "samples" in definition.parts:
+        for cell in dict.fromkeys(cell._replace(method=definition.samples.method) for cell in cells):
+            yield from _or_refused(cell, _samples(definition, cell, overrides, done))
+    for part, kind, measure in (("starts", StartRow, measure_starts), ("overhead", OverheadRow, measure_overhead)):
+        if part in definition.parts:
+            had = [row for row in done.values() if isinstance(row, kind)]
+            yield from ((part, "", row) for row in had or measure(folder))
+
+
+def _or_refused(cell: Cell, rows: Iterator[Found]) -> Iterator[Found]:
+    """Give the rows of a cell, or why it cannot be, and let go of its networks."""
+    try:
+        yield from rows
+    except UserError as error:
+        yield "refused", "", Refused(**cell._asdict(), reason=str(error))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _step(definition: Definition, cell: Cell, overrides: Sequence[str], done: Done) -> Iterator[Found]:
+    settings = definition.settings(cell, overrides)
+    row = done.get((cell.key, settings))
+    yield "steps", settings, row or measure_step(cell, partial(_open, definition, cell, overrides), definition.seconds)
+
+
+def _samples(definition: Definition, cell: Cell, overrides: Sequence[str], done: Done) -> Iterator[Found]:
+    settings = definition.settings(cell, overrides)
+    asked = list(itertools.product(definition.samples.rules, definition.samples.steps))
+    had = {one: done.get((sample_key(cell.teacher, cell.layout, cell.batch, *one), settings)) for one in asked}
+    yield from (("samples", settings, row) for row in had.values() if row is not None)
+    if missing := [one for one, row in had.items() if row is None]:
+        session = _open(definition, cell, overrides)
+        yield from (("samples", settings, row) for row in measure_samples(session, cell, missing, definition.seconds))
+
+
+def _open(definition: Definition, cell: Cell, overrides: Sequence[str]) -> Session:
+    return open_session(definition.run_config(cell, overrides), definition.teachers[cell.teacher].published)
 
 
 def _text(row: Row) -> str:
     """Return a row in one line."""
     if isinstance(row, Refused):
-        return f"{row.teacher} {row.method} {row.layout} cannot be measured: {row.reason}"
+        return f"{row.key} cannot be measured: {row.reason}"
     if isinstance(row, StepRow | SampleRow):
         return f"{row.key}: over its floor {row.ratio.median:.3f} ({row.ratio.low:.3f} to {row.ratio.high:.3f})"
     return f"{row.key}: " + "  ".join(f"{name} {value:.4g}" for name, value in vars(row).items() if isinstance(value, float))
@@ -114,10 +143,3 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _free() -> None:
-    """Let go of the networks of a cell."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,16 +1,13 @@
-"""A cell of the matrix, ready to train: the engine that `train` builds, on random data held in memory."""
+"""A run that is measured, ready to train: the engine that `train` builds, on random data held in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffdistill.bench import published
-from diffdistill.bench.matrix import Cell, run_config
 from diffdistill.config import RunConfig
 from diffdistill.data.batches import Sample
 from diffdistill.data.pairs import Pairs
@@ -87,27 +84,33 @@ class Session:
         for _ in range(self.cycle_steps):
             self.step()
 
+    def two_cycles(self) -> None:
+        """Train two of them: whatever is compiled for a first and for a second call, is then."""
+        self.cycle()
+        self.cycle()
+
     @property
     def cycle_steps(self) -> int:
         """Steps of a cycle."""
         return getattr(self.config.stages[0].method, "student_every", 1)
 
 
-def open_session(cell: Cell, overrides: Sequence[str] = ()) -> Session:
-    """Build the stage of a cell on the GPU where there is one.
+def open_session(config: RunConfig, published_network: bool = False) -> Session:
+    """Build the first stage of a run on the GPU where there is one.
 
     Args:
-        overrides: further settings of its run, "a.b=c" each.
+        config: the run.
+        published_network: whether its teacher names a published network, which gets random weights.
     Raises:
         UserError: the method cannot be trained on this teacher, or not in this layout.
     """
-    config = run_config(cell, Path("unused"), overrides)
-    if cell.teacher == "sd15":
-        teacher = published.sd15_teacher(usual_device())
+    device = usual_device()
+    if published_network:
+        teacher = published.random_teacher(config.teacher, device)
         teacher = replace(teacher, denoiser=teacher.denoiser.with_attention(Attention(config.compute.attention)))
     else:
-        teacher = open_teacher(config, usual_device())
-    needs, num = config.stages[0].needs, BATCHES * cell.batch
+        teacher = open_teacher(config, device)
+    needs, num = config.stages[0].needs, BATCHES * config.batch_size
     roles, engine = open_stage(
         config,
         teacher,

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 
 import torch
 
+from diffdistill.bench.definition import Cell
 from diffdistill.bench.floor import compare
-from diffdistill.bench.matrix import Cell
 from diffdistill.bench.passes import Call, bare, recorded
 from diffdistill.bench.results import PassRow, StepRow
-from diffdistill.bench.session import Session, open_session
-from diffdistill.bench.timing import clock_of
+from diffdistill.bench.session import Session
+from diffdistill.bench.timing import clock_of, wall_time
 from diffdistill.memory import LiveBytes, memory_rows, total
 
 MIB = 2**20
 
 
-def measure_step(cell: Cell, seconds: float, overrides: Sequence[str] = ()) -> StepRow:
-    """Measure one cell.
+def measure_step(cell: Cell, build: Callable[[], Session], seconds: float) -> StepRow:
+    """Measure the step of a cell.
 
     Args:
+        cell: the cell.
+        build: makes its run.
         seconds: for its timed rounds.
-        overrides: further settings of its run, "a.b=c" each.
     Raises:
         UserError: the cell cannot be; says why.
     """
-    session = open_session(cell, overrides)
-    clock = clock_of(session.teacher.device)
-    first_step = clock(session.step)
-    session.cycle()
+    began = time.perf_counter()
+    session = build()
+    build_s, device = time.perf_counter() - began, session.teacher.device
+    first = wall_time(session.two_cycles, device)
     memory = footprint(session)
-    found = compare(session.step, session, clock, seconds, per_round=session.cycle_steps)
+    found = compare(session.step, session, clock_of(device), seconds, per_round=session.cycle_steps)
     return StepRow(
-        teacher=cell.teacher,
-        method=cell.method,
-        layout=cell.layout,
-        batch=cell.batch,
+        **cell._asdict(),
         passes=tuple(
             PassRow(role=what.role, kind=what.kind, tap=what.tap, per_step=round(what.rows / cell.batch * num, 3))
             for what, num in found.passes.items()
@@ -45,7 +44,8 @@ def measure_step(cell: Cell, seconds: float, overrides: Sequence[str] = ()) -> S
         floor_ms=1000 * sum(found.floors) / found.num,
         ratio=found.ratio,
         rounds=len(found.times),
-        first_step_s=first_step,
+        build_s=build_s,
+        warm_up_s=max(0.0, first - wall_time(session.two_cycles, device)),
         **memory,
     )
 
@@ -79,12 +79,12 @@ def _untimed(action: Callable[[], object]) -> float:
 
 
 def _added(action: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that an action had beside what was there before it."""
+    """Return the most bytes that an action had beside what was there before it; on a CPU those of blocks as if none were compiled."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         action()
         return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
+    with LiveBytes() as live, torch.compiler.set_stance("force_eager"):  # tensors inside compiled code cannot be counted
         action()
     return live.peak

@@ -27,10 +27,12 @@ def processor_time(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def wall_time(action: Callable[[], object]) -> float:
-    """Return the time that passed during an action, waiting for the disk and for other work included."""
+def wall_time(action: Callable[[], object], device: torch.device | None = None) -> float:
+    """Return the time that passed during an action, and until this device was done with it; all waiting is included."""
     start = time.perf_counter()
     action()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 import bench_cells
 import pytest
 
-from diffdistill.bench.matrix import LAYOUTS, METHODS
 from diffdistill.bench.passes import count, recorded
 from diffdistill.distillers import registry
 
@@ -56,10 +55,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("teacher") / "small"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_does_the_promised_passes_and_no_other(monkeypatch, folder, method, layout):
-    opened = bench_cells.session(bench_cells.add_to_table(monkeypatch, folder), method, layout)
+@pytest.mark.parametrize("layout", bench_cells.CPU.layouts)
+@pytest.mark.parametrize("method", bench_cells.CPU.methods)
+def test_a_step_does_the_promised_passes_and_no_other(folder, method, layout):
+    opened = bench_cells.session(bench_cells.with_teacher(bench_cells.small_teacher(folder)), method, layout)
     for step in range(STEPS if method in GAN else 1):
         simulated = opened.engine._rng(step, 0, 0).shared_integer(4)
         with recorded(opened.roles) as calls:
@@ -70,8 +69,9 @@ def test_a_step_does_the_promised_passes_and_no_other(monkeypatch, folder, metho
         assert found == promised(method, layout, step, simulated), step
 
 
-def test_every_method_is_in_the_table():
-    assert {settings["name"] for settings in METHODS.values()} >= registry.DISTILLERS.keys()
+@pytest.mark.parametrize("definition", [bench_cells.CPU, bench_cells.GPU], ids=["cpu", "gpu"])
+def test_every_method_is_in_the_definitions(definition):
+    assert {method.name for method in definition.methods.values()} >= registry.DISTILLERS.keys()
 
 
 def test_the_docstrings_name_what_a_step_costs():

@@ -8,7 +8,6 @@ import torch
 
 from diffdistill.bench import published
 from diffdistill.bench.floor import MIN_ROUNDS, compare
-from diffdistill.bench.matrix import LAYOUTS, Cell
 from diffdistill.bench.passes import Pass, bare, count, recorded
 from diffdistill.bench.run import bench
 from diffdistill.bench.session import open_session
@@ -19,14 +18,15 @@ from diffdistill.models.heads import features
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("teacher") / "small"
+def small(tmp_path_factory):
+    """A definition of a small teacher."""
+    return bench_cells.with_teacher(bench_cells.small_teacher(tmp_path_factory.mktemp("teacher") / "small"))
 
 
 @pytest.fixture
-def opened(monkeypatch, folder):
+def opened(small):
     """DMD2 with a discriminator on one network, its roles told apart by adapters that do something."""
-    session = bench_cells.session(bench_cells.add_to_table(monkeypatch, folder), "dmd2-gan", "shared")
+    session = bench_cells.session(small, "dmd2-gan", "shared")
     for role in session.roles.names:
         for seed, (name, parameter) in enumerate(session.roles.named_parameters(role).items()):
             if "lora_B" in name:
@@ -125,36 +125,44 @@ def test_passes_are_counted_over_rounds_that_are_always_done(opened):
     assert with_time.passes[Pass("fake", "weights", 2)] == 1
 
 
-def kept_footprint(teacher, method):
+def kept_footprint(small, method):
     """Return the memory columns of a cell once its optimisers have their moments."""
-    session = bench_cells.session(teacher, method, "shared")
+    session = bench_cells.session(small, method, "shared")
     session.cycle()
     return footprint(session)
 
 
-def test_memory_of_plain_training_is_its_floor(monkeypatch, folder):
+def test_memory_of_plain_training_is_its_floor(small):
     """AGD's step is one pass of a student with gradient on a frozen network, so nothing is above the floor but its batch."""
-    found = kept_footprint(bench_cells.add_to_table(monkeypatch, folder), "agd")
+    found = kept_footprint(small, "agd")
     assert found["memory"] == pytest.approx(1, abs=0.05) and found["of_plain"] == pytest.approx(1, abs=0.05)
 
 
-def test_memory_of_two_roles_is_above_that_of_one(monkeypatch, folder):
-    found = kept_footprint(bench_cells.add_to_table(monkeypatch, folder), "vsd")
+def test_memory_of_two_roles_is_above_that_of_one(small):
+    found = kept_footprint(small, "vsd")
     assert found["of_plain"] > found["memory"] > 1
 
 
-def test_a_step_costs_little_above_its_passes():
+def measured(definition, parts=("steps",), **asked):
+    """Measure cells of a definition."""
+    return bench(definition.with_options(parts, 0.1), definition.cells(**asked))
+
+
+def test_a_step_costs_little_above_its_passes(small):
     """The bound is wide, since other work on a machine disturbs the two unequally: a pass done twice is found by the counts."""
-    found = bench(["steps"], ["digits-unet"], ["vsd"], ["copies"], batch=16, seconds=0.1)
+    definition = bench_cells.with_teacher("digits-unet", batches=(16,))
+    found = measured(definition, methods=["vsd"], layouts=["copies"])
     (row,) = found.steps
     assert 0.5 < row.ratio.median < 1.5
-    assert row.step_ms > 0 and row.first_step_s > 0 and found.machine.threads == 1
+    assert row.step_ms > 0 and row.build_s > 0 and row.warm_up_s >= 0 and found.machine.threads == 1
+    assert row.settings == definition.with_options((), 0.1).settings(definition.cells(methods=["vsd"], layouts=["copies"])[0])
 
 
-def test_an_image_takes_its_steps_and_no_more(monkeypatch):
-    monkeypatch.setattr("diffdistill.bench.sampling.STEPS", (1, 4))
+def test_an_image_takes_its_steps_and_no_more(small):
     kept = []
-    found = bench(["samples"], ["digits-unet"], layouts=["copies"], batch=1, seconds=0.01, keep=kept.append)
+    samples = small.samples.model_copy(update={"steps": (1, 4)})
+    definition = small.model_copy(update={"samples": samples, "parts": ("samples",), "seconds": 0.01})
+    found = bench(definition, definition.cells(layouts=["copies"]), keep=kept.append)
     assert [len(each.samples) for each in kept] == [1, 2, 3, 4] and kept[-1] == found
     assert [(row.rule, row.steps, row.passes) for row in found.samples] == [
         ("renoise", 1, 1),
@@ -162,6 +170,35 @@ def test_an_image_takes_its_steps_and_no_more(monkeypatch):
         ("ddim", 1, 1),
         ("ddim", 4, 4),
     ]
+
+
+def test_what_is_measured_is_not_measured_again_but_with_other_settings(small):
+    definition = small.with_options(["steps"], 0.01)
+    cells, said = definition.cells(methods=["agd"], layouts=["shared"]), []
+    first = bench(definition, cells)
+    again = bench(definition, definition.cells(methods=["agd"]), known=first, say=said.append)
+    assert again.steps[1] == first.steps[0] and len(said) == 1 and "agd copies" in said[0]
+    bench(definition, cells, ["clip_grad_norm=2.0"], known=first, say=said.append)
+    bench(definition.with_options([], 0.02), cells, known=first, say=said.append)
+    older = first.model_copy(update={"steps": tuple(row.model_copy(update={"revision": "older"}) for row in first.steps)})
+    bench(definition, cells, known=older, say=said.append)
+    assert len(said) == 4
+
+
+def test_a_cell_that_cannot_be_is_told_and_the_others_are_measured(small, monkeypatch):
+    definition = small.with_options(["steps"], 0.01)
+
+    def build(config, published):
+        if config.roles.layout == "shared":
+            raise UserError("not here")
+        return open_session(config, published)
+
+    monkeypatch.setattr("diffdistill.bench.run.open_session", build)
+    found = bench(definition, definition.cells(methods=["agd"]))
+    assert [row.layout for row in found.steps] == ["copies"]
+    assert [(row.layout, row.reason) for row in found.refused] == [("shared", "not here")]
+    with pytest.raises(UserError, match="agd shared 2 cannot be measured: not here"):
+        bench(definition, definition.cells(methods=["agd"], layouts=["shared"]))
 
 
 def small_network():
@@ -180,27 +217,29 @@ def small_network():
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", bench_cells.GPU.layouts)
 @pytest.mark.parametrize("method", ["dmd2-gan", "dmd", "agd", "lcm"])
 def test_the_published_network_is_measured_as_the_others_are(monkeypatch, method, layout):
     """What a GPU measures at true size, on a small network in its place: bf16, conditions of text, random data."""
     model = replace(published.MODELS["sd15"], build=small_network, state=(4, 8, 8))
     monkeypatch.setitem(published.MODELS, "sd15", model)
-    session = bench_cells.session("sd15", method, layout)
+    sd15 = bench_cells.GPU.teachers["sd15"].model_copy(update={"batches": (bench_cells.BATCH,)})
+    session = bench_cells.session(bench_cells.GPU.model_copy(update={"teachers": {"sd15": sd15}}), method, layout)
     found = compare(session.step, session, processor_time, seconds=0.0)
     assert found.passes[Pass("student", "weights", bench_cells.BATCH)] > 0
     assert all(parameter.isfinite().all() for parameter in session.roles.parameters("student"))
 
 
-def test_settings_reach_the_networks_that_are_measured():
-    cell = Cell("digits-unet", "vsd", "copies", 2)
-    assert open_session(cell, ["compute.attention=math"]).teacher.denoiser.attention.name == "math"
+def test_settings_reach_the_networks_that_are_measured(small):
+    session = bench_cells.session(small, "vsd", "copies", ["compute.attention=math"])
+    assert session.teacher.denoiser.attention.name == "math"
     with pytest.raises(UserError, match="attenton"):
-        open_session(cell, ["compute.attenton=math"])
+        bench_cells.session(small, "vsd", "copies", ["compute.attenton=math"])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["lcm", "dmd2", "vsd"])
 def test_a_step_of_true_size_costs_little_above_its_passes(method):
-    found = bench(["steps"], ["sd15"], [method], ["shared"], seconds=3.0)
+    definition = bench_cells.GPU.with_options(["steps"], 3.0)
+    found = bench(definition, definition.cells(["sd15"], [method], ["shared"]))
     assert found.steps[0].ratio.low < 1.05

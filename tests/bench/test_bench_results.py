@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from diffdistill.bench import matrix, results
+from diffdistill.bench import results
 from diffdistill.bench.check import MEMORY_NOISE, NOISE, START_NOISE, worse
+from diffdistill.bench.definition import definition_path, read_definition
 from diffdistill.bench.overhead import _over_a_run, _timed
-from diffdistill.bench.page import above, page, passes_text, unmeasured
+from diffdistill.bench.page import above, page, passes_text
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Refused, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.starts import first_step
 from diffdistill.bench.timing import Ratio
@@ -15,7 +16,7 @@ from diffdistill.cli import main
 from diffdistill.errors import MachineError, UserError
 from diffdistill.training.engine import Engine
 
-MACHINE = Machine(device="a processor", platform="p", threads=1, python="3", torch="2", diffusers="0", revision="abc")
+MACHINE = Machine(device="a processor", platform="p", threads=1, python="3", torch="2", diffusers="0")
 PASSES = (
     PassRow(role="teacher", kind="forward", tap="", per_step=2.0),
     PassRow(role="fake", kind="inputs", tap="mid", per_step=0.2),
@@ -30,7 +31,9 @@ STEP = StepRow(
     floor_ms=200.0,
     ratio=Ratio(1.05, 1.02, 1.08),
     rounds=9,
-    first_step_s=0.5,
+    build_s=0.5,
+    warm_up_s=0.2,
+    revision="abc",
     peak_mib=100.0,
     memory=1.10,
     of_plain=1.30,
@@ -50,14 +53,14 @@ SAMPLE = SampleRow(
 )
 START = StartRow(what="start", seconds=12.0, processor_seconds=8.0, rounds=3)
 ALL = OverheadRow(what="all", times=1, ms=900.0, share=0.02)
-OLD = Results(machine=MACHINE, command="diffdistill bench", steps=(STEP,), samples=(SAMPLE,), starts=(START,), overhead=(ALL,))
+OLD = Results(machine=MACHINE, num_cells=2, steps=(STEP,), samples=(SAMPLE,), starts=(START,), overhead=(ALL,))
 
 
 def changed(row, **values) -> Results:
     """Return results of one row with other values."""
     new = row.model_copy(update=values)
     place = {StepRow: "steps", SampleRow: "samples", StartRow: "starts", OverheadRow: "overhead"}[type(row)]
-    return Results(machine=MACHINE, command="", **{place: (new,)})
+    return Results(machine=MACHINE, num_cells=2, **{place: (new,)})
 
 
 def test_the_same_results_are_no_worse():
@@ -88,7 +91,7 @@ def test_what_got_worse_is_named(row, values, said):
         (STEP, {"ratio": Ratio(1.30, 1.05 * (1 + NOISE), 1.9)}),  # part of the interval is within the noise
         (STEP, {"ratio": Ratio(0.8, 0.7, 0.9), "memory": 1.0}),  # better
         (STEP, {"memory": 1.10 * (1 + MEMORY_NOISE)}),
-        (STEP, {"passes": (), "batch": 8}),  # another batch shares passes otherwise
+        (STEP, {"passes": (), "batch": 8}),  # another batch is another cell
         (STEP, {"ratio": Ratio(9.0, 9.0, 9.0), "memory": 9.0, "method": "new"}),  # not in the old table
         (START, {"seconds": 90.0, "processor_seconds": 8.0 * (1 + START_NOISE)}),  # the machine was busy
         (START.model_copy(update={"what": "new"}), {"processor_seconds": 99.0}),
@@ -100,48 +103,50 @@ def test_noise_and_new_cells_are_not_worse(row, values):
 
 
 def test_results_come_back_from_their_file_and_rows_that_are_not_new_stay(tmp_path):
-    path = tmp_path / "bench.json"
-    assert results.write(path, OLD) == {"a processor": OLD} == results.read(path)
-    later = changed(STEP, method="vsd")
-    found = results.write(path, later)["a processor"]
+    path = tmp_path / "cpu.json"
+    results.write(path, OLD)
+    assert results.read(path) == {"a processor": OLD}
+    results.write(path, changed(STEP, method="vsd"))
+    found = results.read(path)["a processor"]
     assert [row.method for row in found.steps] == ["dmd2", "vsd"] and found.samples == (SAMPLE,)
-    again = results.write(path, changed(STEP, step_ms=1.0))["a processor"]
+    results.write(path, changed(STEP, step_ms=1.0))
+    again = results.read_kept(path, "a processor")
     assert [(row.method, row.step_ms) for row in again.steps] == [("dmd2", 1.0), ("vsd", 210.0)]
 
 
 def test_a_cell_that_was_refused_and_is_measured_now_is_refused_no_more(tmp_path):
     refused = (
-        Refused(teacher="digits-unet", method="dmd2", layout="shared", reason="no"),
-        Refused(teacher="digits-unet", method="lcm", layout="shared", reason="no"),
+        Refused(teacher="digits-unet", method="dmd2", layout="shared", batch=64, reason="no"),
+        Refused(teacher="digits-unet", method="lcm", layout="shared", batch=64, reason="no"),
     )
-    results.write(tmp_path / "bench.json", Results(machine=MACHINE, command="", refused=refused))
-    assert results.write(tmp_path / "bench.json", OLD)["a processor"].refused == refused[1:]
-
-
-def test_other_devices_stay_in_the_file(tmp_path):
-    path = tmp_path / "bench.json"
+    path = tmp_path / "cpu.json"
+    results.write(path, Results(machine=MACHINE, num_cells=2, refused=refused))
     results.write(path, OLD)
+    assert results.read_kept(path, "a processor").refused == refused[1:]
+
+
+def test_other_devices_and_other_settings_stay_in_the_file(tmp_path):
+    path = tmp_path / "cpu.json"
     gpu = OLD.model_copy(update={"machine": MACHINE.model_copy(update={"device": "a GPU"})})
-    assert list(results.write(path, gpu)) == ["a processor", "a GPU"]
-    assert results.of_kind(results.read(path), gpu.machine) == gpu
+    compiled = OLD.model_copy(update={"overrides": ("compute.compile=blocks",)})
+    for each in (OLD, gpu, compiled):
+        results.write(path, each)
+    assert results.read(path) == {"a processor": OLD, "a GPU": gpu, "a processor, compute.compile=blocks": compiled}
+    assert results.read_all(tmp_path)["cpu: a GPU"] == gpu
+    with pytest.raises(UserError, match="unknown device of kept results 'a toaster'"):
+        results.read_kept(path, "a toaster")
 
 
 def test_the_page_has_a_row_for_each_result():
-    text = page({"a processor": OLD})
+    text = page({"cpu: a processor": OLD})
     assert (
         "| digits-unet | dmd2 | shared | 64 | 2 teacher forward, 0.2 fake[mid] inputs | 210 | 200 | **1.05** (1.02 to 1.08) |"
         in text
     )
-    assert "| 1.10 | 1.30 |" in text
+    assert "| 0.5 | 0.2 | 100 | 1.10 | 1.30 |" in text and "1 of 2 cells are measured" in text
+    assert "1 rows by commit abc, 3 rows by commit unknown" in text
     assert "| digits-unet | shared | ddim | 4 | 4 | 64 | 2.000 | **1.02** (1.01 to 1.03) | 0.100 | 0.200 |" in text
     assert "| start | 12.0 | 8.0 |" in text and "| all | 1 | 900.0 | 2.00 % |" in text
-
-
-def test_cells_without_a_row_are_named():
-    methods = [method for method in matrix.METHODS if method != "dmd2"]
-    missing = unmeasured(OLD)
-    assert missing == [f"digits-unet copies: {', '.join(matrix.METHODS)}", f"digits-unet shared: {', '.join(methods)}"]
-    assert unmeasured(changed(START)) == []
 
 
 def test_rows_above_an_aim_are_named():
@@ -149,8 +154,8 @@ def test_rows_above_an_aim_are_named():
     rows[1] = rows[1].model_copy(update={"ratio": Ratio(1.12, 1.09, 1.2)})
     rows[2] = rows[2].model_copy(update={"ratio": Ratio(1.2, 1.11, 1.3)})
     assert above(rows, 1.10) == (
-        "1 of 3 medians are within it; above it by their median, but not by their whole interval: digits-unet a shared; "
-        "above it for certain: digits-unet b shared."
+        "1 of 3 medians are within it; above it by their median, but not by their whole interval: digits-unet a shared 64; "
+        "above it for certain: digits-unet b shared 64."
     )
     assert above(rows[:1], 1.10) == "1 of 1 medians are within it."
 
@@ -178,13 +183,6 @@ def test_a_run_that_ends_before_a_step_is_told_with_its_reason(tmp_path):
         first_step(config)
 
 
-def test_cells_are_the_product_of_what_is_named():
-    asked = matrix.cells(["digits-unet"], ["dmd2", "vsd"], ["shared"], batch=4)
-    assert [cell.key for cell in asked] == ["digits-unet dmd2 shared", "digits-unet vsd shared"]
-    assert {cell.batch for cell in asked} == {4}
-    assert len(matrix.cells(matrix.ON_CPU)) == len(matrix.ON_CPU) * len(matrix.METHODS) * len(matrix.LAYOUTS)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -192,7 +190,10 @@ def test_cells_are_the_product_of_what_is_named():
         (["--methods", "dmd3"], "unknown method of the benchmark 'dmd3'"),
         (["--layouts", "both"], "unknown layout of the benchmark 'both'"),
         (["--parts", "speed"], "unknown part of the benchmark 'speed'"),
-        (["--batch", "0"], "batch must be at least 1; got 0"),
+        (["compute.compil=blocks", "--methods", "agd", "--parts", "steps"], "Did you mean 'compile'?"),
+        (["cpu", "gpu"], "one definition is measured at a time; got cpu, gpu"),
+        (["cpus"], "unknown definition of a benchmark, or no file 'cpus'. Did you mean 'cpu'?"),
+        (["--resume"], "name it by --output"),
         (["--seconds", "0"], "seconds must be positive; got 0"),
         (["--check", "--against", "nowhere.json"], "there are no kept results at nowhere.json"),
     ],
@@ -203,9 +204,9 @@ def test_mistakes_are_told(arguments, said, capsys):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "bench.json").write_text('{"a": 1}')
+    (tmp_path / "cpu.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="does not hold results"):
-        results.read(tmp_path / "bench.json")
+        results.read(tmp_path / "cpu.json")
 
 
 def measuring(monkeypatch, found: Results) -> None:
@@ -220,19 +221,22 @@ def measuring(monkeypatch, found: Results) -> None:
 
 
 def test_the_verb_writes_both_files_and_fails_where_something_got_worse(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "title", lambda overrides: "a processor")
     measuring(monkeypatch, changed(STEP, memory=2.0))
     results.write(tmp_path / "old.json", OLD)
-    command = ["bench", "--check", "--against", str(tmp_path / "old.json"), "-o", str(tmp_path / "out"), "--json"]
+    command = ["bench", "cpu", "--check", "--against", str(tmp_path / "old.json"), "-o", str(tmp_path / "out"), "--json"]
     assert main(command) == 1
     printed = capsys.readouterr()
-    assert "worse: digits-unet dmd2 shared: memory / floor: 1.10 -> 2.00" in printed.err
+    assert "worse: digits-unet dmd2 shared 64: memory / floor: 1.10 -> 2.00" in printed.err
     assert json.loads(printed.out)["steps"][0]["memory"] == 2.0
     assert "| 2.00 |" in (tmp_path / "out" / "performance.md").read_text()
-    assert results.read(tmp_path / "out" / "bench.json")["a processor"].steps[0].memory == 2.0
+    assert results.read(tmp_path / "out" / "cpu.json")["a processor"].steps[0].memory == 2.0
     measuring(monkeypatch, OLD)
     assert main(command) == 0
 
 
-def test_the_kept_results_are_those_of_the_repository():
-    kept = results.read_kept(results.COMMITTED)
-    assert {row.teacher for each in kept.values() for row in each.steps} >= {"digits-unet", "digits-dit"}
+def test_the_kept_results_are_those_of_the_definition():
+    definition = read_definition(definition_path("cpu"))
+    known = {cell.key for cell in definition.cells()}
+    for found in results.read(definition_path("cpu").with_suffix(".json")).values():
+        assert {row.key for row in found.steps} <= known and found.aims == definition.aims
