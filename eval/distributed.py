@@ -26,7 +26,14 @@ from torch import Tensor, distributed
 from diffdistill.config import RunConfig, parse_config
 from diffdistill.files import write_json
 from diffdistill.models.loading import Teacher, load_teacher
-from diffdistill.training.building import build_accelerator, build_engine, build_run_roles, build_shadow, split_roles
+from diffdistill.training.building import (
+    build_accelerator,
+    build_engine,
+    build_run_roles,
+    build_shadow,
+    build_shapes,
+    split_roles,
+)
 from diffdistill.training.data_feed import build_source
 from diffdistill.training.engine import Engine
 
@@ -133,11 +140,11 @@ def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: 
     """Train a case and return what it leaves in this process: of split networks, its rows."""
     config = case.config(folder, steps)
     split = config.parallel == "fsdp" and accelerator.num_processes > 1
-    roles = build_run_roles(config, teacher)
-    if roles.head is not None:
-        roles.head.double()
     if split:
-        split_roles(roles, accelerator.device)
+        roles = build_shapes(config, load_teacher(folder, torch.float64, "meta"))
+        split_roles(config, roles, teacher if accelerator.is_main_process else None, accelerator.device)
+    else:
+        roles = build_run_roles(config, teacher)
     shadow = build_shadow(config, roles)
     engine = build_engine(
         config,

@@ -144,6 +144,8 @@ class Attention:
         Raises:
             UserError: it cannot run such a call.
         """
+        if query.is_meta:  # shapes alone, by the definition
+            return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         call = _call(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         if torch.compiler.is_compiling():
             name = _while_compiling(self, *call)

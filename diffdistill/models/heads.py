@@ -197,7 +197,7 @@ class DiscriminatorHead(nn.Module):
 
 @torch.no_grad()
 def build_head(denoiser: Denoiser, tap: str = "mid", width: int = 128, cond: Condition | None = None) -> DiscriminatorHead:
-    """Return a head that fits one block's output, on the network's device; its shape is found by one early-stopped pass.
+    """Return a head that fits one block's output, on the network's device, float32 or as wide as it; one early-stopped pass finds its shape.
 
     Args:
         denoiser: a network's denoiser, or its view in another schedule.
@@ -214,4 +214,4 @@ def build_head(denoiser: Denoiser, tap: str = "mid", width: int = 128, cond: Con
     x_t = torch.zeros(1, *denoiser.sample_shape, device=parameter.device, dtype=parameter.dtype)
     t = torch.full((1,), denoiser.schedule.t_max, dtype=torch.float64, device=parameter.device)
     shape = features(denoiser, x_t, t, cond, tap).shape[1:]
-    return DiscriminatorHead(tuple(shape), width).to(parameter.device)
+    return DiscriminatorHead(tuple(shape), width).to(parameter.device, torch.promote_types(torch.float32, parameter.dtype))

@@ -269,6 +269,7 @@ def load_teacher(
     size: int | None = None,
     quantized: Quantization | None = None,
     trust_remote_code: bool = False,
+    network: nn.Module | None = None,
 ) -> Teacher:
     """Load a teacher from a diffusers pipeline folder, a hub id, or an embedded name.
 
@@ -282,6 +283,7 @@ def load_teacher(
         size: edge of the images in pixels; None for the size the network was made for.
         quantized: what the network's block weights are rounded to, see `quantize`; such a teacher carries adapters only.
         trust_remote_code: whether code that comes with the pipeline may run, see `own_code`.
+        network: stands for the pipeline's, which is not loaded then; None loads it.
     Returns:
         The frozen teacher, in eval mode.
     Raises:
@@ -295,7 +297,7 @@ def load_teacher(
     refuse_own_code(index, folder, trust_remote_code)
     component, class_name = _network_entry(index, folder)
     family, device = FAMILIES[class_name], torch.device(device)
-    network = _load_network(folder, component, class_name, variant, dtype, device)
+    network = _load_network(folder, component, class_name, variant, dtype, device) if network is None else network
     if quantized is not None and device.type != "meta":
         quantize(network, family, quantized)
     scheduler_class = _scheduler_class(index, folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -25,7 +26,7 @@ from diffdistill.training.data_feed import DataFeed, build_source, micro_batch_s
 from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import RoleOptimizer
 from diffdistill.training.reduction import Replicated
-from diffdistill.training.sharding import Split, splitter
+from diffdistill.training.sharding import Split, fill, splitter
 
 LONGEST_WAIT = timedelta(hours=1)
 """Of a process for the others, which may wait while the main one evaluates. A dead one is noticed otherwise, see `lifeline`."""
@@ -69,12 +70,12 @@ def build_processes(accelerator: Any, asked_to_stop: Callable[[], bool]) -> Proc
     )
 
 
-def open_teacher(config: RunConfig, device: torch.device | str) -> Teacher:
-    """Load the run's teacher as the config asks."""
+def open_teacher(config: RunConfig, device: torch.device | str, network: torch.nn.Module | None = None) -> Teacher:
+    """Load the run's teacher as the config asks; around `network`, where it is given."""
     options = config.teacher_options
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
     teacher = load_teacher(
-        config.teacher, dtype, device, options.variant, options.size, options.quantize, options.trust_remote_code
+        config.teacher, dtype, device, options.variant, options.size, options.quantize, options.trust_remote_code, network
     )
     return replace(teacher, denoiser=teacher.denoiser.with_attention(Attention(config.compute.attention)))
 
@@ -83,14 +84,20 @@ def build_run_roles(config: RunConfig, teacher: Teacher) -> Roles:
     """Build every role that a stage of the run needs; all start at the teacher."""
     needs = [stage.needs for stage in config.stages]
     names = dict.fromkeys(role for need in needs for role in (*need.trained, *need.frozen) if role != HEAD)
-    inputs = dict.fromkeys(name for need in needs for name in need.extra_inputs)
     head = _build_head(config.seed, teacher, {need.head for need in needs if need.head})
+    return _roles(config, teacher, tuple(names), head)
+
+
+def _roles(config: RunConfig, teacher: Teacher, names: tuple[str, ...], head: torch.nn.Module | None) -> Roles:
+    needs = [stage.needs for stage in config.stages]
+    inputs = dict.fromkeys(name for need in needs for name in need.extra_inputs)
     adapters = next((need.guidance_adapters for need in needs if need.guidance_adapters is not None), None)
+    lora = config.roles.lora
     roles = build_roles(
         teacher.denoiser,
-        tuple(names),
+        names,
         config.roles.layout,
-        config.roles.lora,
+        None if lora is None else lora.model_copy(update={"ranks": {k: v for k, v in lora.ranks.items() if k in names}}),
         head=head,
         extra_inputs=tuple(inputs),
         guidance_adapters=adapters,
@@ -136,14 +143,53 @@ def _build_head(seed: int, teacher: Teacher, taps: set[str]) -> torch.nn.Module 
         )
     from diffdistill.models.heads import build_head
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "head"))
+    with _drawing_a_head(seed):
         return build_head(teacher.denoiser, taps.pop(), cond=teacher.condition(teacher.examples(1), 1))
 
 
-def split_roles(roles: Roles, device: torch.device) -> None:
-    """Split all networks of the roles over the processes; all of them call it."""
+@contextlib.contextmanager
+def _drawing_a_head(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "head"))
+        yield
+
+
+def build_shapes(config: RunConfig, shapes: Teacher) -> Roles:
+    """Build every role that a stage needs without weights, of a teacher on the meta device."""
+    with torch.device("meta"):
+        return build_run_roles(config, shapes)
+
+
+def split_roles(config: RunConfig, roles: Roles, whole: Teacher | None, device: torch.device) -> None:
+    """Split what `build_shapes` returned over the processes, which all call it, and write the values of `build_run_roles`.
+
+    No process holds more of them than its rows and one tensor, but the main one, which may have one whole network beside `whole` at
+    a time: a copy of it with what the role adds.
+
+    Args:
+        roles: on the meta device, changed in place.
+        whole: the teacher, in the main process; None in the others.
+        device: where the rows go.
+    """
+    networks = roles.networks
+    names = {id(network): name for name, network in reversed(networks.items())}  # one network may have several roles
     roles.split(splitter(device))
+    for name in names.values():
+        fill(networks[name], None if whole is None else _whole_network(config, whole, roles, name), device)
+
+
+def _whole_network(config: RunConfig, whole: Teacher, roles: Roles, name: str) -> torch.nn.Module:
+    """Return the network of a role as `build_run_roles` has it."""
+    if name == HEAD:
+        from diffdistill.models.heads import DiscriminatorHead
+
+        assert isinstance(roles.head, DiscriminatorHead)
+        with _drawing_a_head(config.seed):
+            return DiscriminatorHead(roles.head.feature_shape).to(roles.head.logit.weight.dtype)
+    if config.roles.layout == "shared":
+        return _roles(config, whole, roles.names, None).networks[name]
+    adds = config.roles.lora is not None or any(s.needs.extra_inputs or s.needs.guidance_adapters for s in config.stages)
+    return _roles(config, whole, (name,), None).networks[name] if adds and name != "teacher" else whole.network
 
 
 def build_distiller(stage: StageConfig, roles: Roles) -> Distiller:

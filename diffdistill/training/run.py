@@ -18,6 +18,7 @@ from diffdistill.config import RunConfig, StageConfig, TextData, with_overrides
 from diffdistill.errors import MachineError, UserError
 from diffdistill.export.plan import plan
 from diffdistill.files import is_full
+from diffdistill.models.loading import Teacher
 from diffdistill.processes import ALONE
 from diffdistill.training import checkpoint
 from diffdistill.training.building import (
@@ -28,6 +29,7 @@ from diffdistill.training.building import (
     build_processes,
     build_run_roles,
     build_shadow,
+    build_shapes,
     open_teacher,
     split_roles,
 )
@@ -45,7 +47,7 @@ from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
 from diffdistill.training.outcome import recorded
 from diffdistill.training.preview import Preview, Validation, asked_in_samples, numbers
 from diffdistill.training.progress import Progress, peak_memory_gib
-from diffdistill.training.sharding import check_parallel
+from diffdistill.training.sharding import check_parallel, from_main
 from diffdistill.training.stopping import Diverged, Interrupted, Stopped, StopSignals, stopping_together
 from diffdistill.training.stored import StoredStates, origin_of
 from diffdistill.training.text_data import texts
@@ -147,6 +149,7 @@ class _Run:
         self.size = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
         self.done = 0
         self.skipped_before = 0
+        self.whole: Teacher | None = None  # beside a split one, while it is needed
         self.attention_is_new = True  # what was chosen is said after the first step
         self.last: dict[str, float] = {}
         self.saved: Path | None = None
@@ -210,16 +213,21 @@ class _Run:
         for stage in config.stages:
             for role in stage.trained:
                 require_package(stage.optimizer(role))
-        self.teacher = open_teacher(config, self.accelerator.device)
-        self.fingerprints = self.teacher.fingerprints()
-        self.folder.check_teacher(self.fingerprints)
+        self.spec = next((s.needs.trajectories for s in config.stages if s.needs.trajectories is not None), None)
+        if self.split:
+            self._build_split()
+        else:
+            self.teacher = open_teacher(config, self.accelerator.device)
+            self.fingerprints = self.teacher.fingerprints()
+            self.folder.check_teacher(self.fingerprints)
+            self.roles = build_run_roles(config, self.teacher)
+            self._check_export(self.teacher)
         self.source = build_source(config, self.teacher, self.processes, self.show)
         self.teacher.put_aside()
-        self.roles = build_run_roles(config, self.teacher)
         apply_compute(config, self.roles)
         origin = origin_of(self.teacher, self.fingerprints, self.source)
         self.stored = StoredStates(
-            self.roles.teacher,
+            self.roles.teacher if self.whole is None else self.whole.denoiser,
             Conditions(self.teacher, self.source),
             origin,
             config.seed,
@@ -229,7 +237,6 @@ class _Run:
             self._stop_where_asked,
         )
         self.pairs, self.trajectories = None, None
-        self.spec = next((s.needs.trajectories for s in config.stages if s.needs.trajectories is not None), None)
         if config.pairs is not None and config.pairs.path is not None:
             self.pairs = self.stored.pairs(config.pairs, self.folder.pairs)
         if self.spec is not None and self.spec.path is not None:
@@ -246,13 +253,31 @@ class _Run:
                     self.teacher, validation.protocol, validation.steps, self.folder.path, self.looking, in_step=self.split
                 )
         self.teacher.put_aside()  # the preview had its prompts encoded
-        if config.exportable:
-            last = config.stages[-1]
-            sampler = build_distiller(last, self.roles).sampler(preview_steps(config, last))
-            plan(self.teacher, sampler, student=self.roles["student"])
+
+    def _check_export(self, teacher: Teacher) -> None:
+        """Refuse a run whose student cannot leave as it is meant to; it reads no weights."""
+        if self.config.exportable:
+            last = self.config.stages[-1]
+            sampler = build_distiller(last, self.roles).sampler(preview_steps(self.config, last))
+            plan(teacher, sampler, student=self.roles["student"])
+
+    def _build_split(self) -> None:
+        """Build teacher and roles of which each process holds its rows; where it makes stored states apart, beside the whole teacher."""
+        device = self.accelerator.device
+        makes = any(each is not None and each.path is None for each in (self.config.pairs, self.spec))
+        if makes or self.is_main:
+            self.whole = open_teacher(self.config, device if makes else "cpu")
+        self.fingerprints = from_main(self.whole.fingerprints() if self.is_main and self.whole else None, device)
+        self.folder.check_teacher(self.fingerprints)
+        shapes = open_teacher(self.config, "meta")
+        self.roles = build_shapes(self.config, shapes)
+        self._check_export(shapes)
+        split_roles(self.config, self.roles, self.whole if self.is_main else None, device)
+        self.teacher = open_teacher(self.config, device, shapes.network)
+        self.whole = self.whole if makes else None
 
     def _begin(self) -> None:
-        """Write the folder's first files, make the pairs or trajectories that the config asks for, split the networks, open the log."""
+        """Write the folder's first files, make the pairs or trajectories that the config asks for, open the log."""
         if self.is_main:
             facts = {
                 "processes": self.accelerator.num_processes,
@@ -269,8 +294,7 @@ class _Run:
             self.pairs = self.stored.pairs(pairs, self.folder.pairs)
         if spec is not None and self.trajectories is None:
             self.trajectories = self.stored.trajectories(spec, self.folder.trajectories)
-        if self.split:
-            split_roles(self.roles, self.accelerator.device)  # after what the processes make apart
+        self.whole = None
         self.shadow = build_shadow(self.config, self.roles)
         if self.is_main:
             self.folder.cut_metrics(self.done)

@@ -6,8 +6,9 @@ gradients of the last backward pass of a turn arrive as sums over the processes,
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from diffdistill.errors import UserError
+from diffdistill.models.shards import local, own_rows
 
 if TYPE_CHECKING:
     from diffdistill.config import RunConfig
@@ -37,6 +39,8 @@ def check_parallel(config: RunConfig, micro_batch_size: int, num_processes: int)
 def splitter(device: torch.device) -> Callable[[nn.Module], None]:
     """Return what splits a network over all processes, in place, block by block; joined by the processes all together.
 
+    The rows of a network that was built on the meta device have room then and no values: `fill` writes them.
+
     Raises:
         UserError: torch is too old.
     """
@@ -47,10 +51,10 @@ def splitter(device: torch.device) -> Callable[[nn.Module], None]:
         raise UserError(f"parallel: fsdp needs torch 2.9 or newer, and this is {torch.__version__}. Set parallel: ddp.")
     # it warns of in-place changes of what a network returns; nobody here makes any
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return partial(_split, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
+    return partial(_split, device=device, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
 
 
-def _split(network: nn.Module, mesh: Any) -> None:
+def _split(network: nn.Module, device: torch.device, mesh: Any) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     for module in (*blocks(network), network):
@@ -60,6 +64,34 @@ def _split(network: nn.Module, mesh: Any) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum, as a loss is divided by all micro-batches of the step
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    if next(network.parameters()).is_meta:
+        network.to_empty(device=device)
+
+
+@torch.no_grad()
+def fill(network: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
+    """Give a split network the values of a whole one, tensor by tensor; all processes call it, the main one with the whole one."""
+    values = {} if whole is None else dict(_tensors(whole))
+    for name, tensor in _tensors(network):
+        value = values[name].to(device) if values else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        assert value.dtype == tensor.dtype and value.shape == tensor.shape, f"{name} is not what the config of its network says"
+        torch.distributed.broadcast(value, 0)
+        local(tensor).copy_(own_rows(value, tensor))
+
+
+def from_main(values: Mapping[str, str] | None, device: torch.device) -> dict[str, str]:
+    """Return in every process what the main one gives."""
+    text = b"" if values is None else json.dumps(dict(values)).encode()
+    length = torch.tensor(len(text), device=device)
+    torch.distributed.broadcast(length, 0)
+    said = torch.tensor(list(text.ljust(int(length))), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(said, 0)
+    return json.loads(bytes(said.tolist()))
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.named_parameters(remove_duplicate=False)
+    yield from network.named_buffers(remove_duplicate=False)
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:

@@ -12,6 +12,7 @@ from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.condition import Condition
 from diffdistill.models.guidance import guided
 from diffdistill.models.heads import DiscriminatorHead, build_head, features, predict_with_features, tap_module
+from diffdistill.models.loading import load_teacher
 from diffdistill.models.network import EDMDenoiser
 from diffdistill.models.roles import build_roles
 
@@ -168,3 +169,13 @@ def test_a_head_refuses_features_it_was_not_made_for():
         DiscriminatorHead((3, 4, 4), width=6)
     with pytest.raises(ValueError, match=r"\(B, 3, 4, 4\)"):
         DiscriminatorHead((3, 4, 4), width=8)(torch.zeros(2, 16, 3))
+
+
+def test_a_head_is_as_wide_as_its_network_and_its_shape_needs_no_weights():
+    """Also behind a block of attention, which asks a kernel only where there are numbers."""
+    whole = load_teacher("digits-unet", torch.float64)
+    shapes = load_teacher("digits-unet", torch.bfloat16, "meta")
+    heads = [build_head(each.denoiser, cond=each.condition(each.examples(1), 1)) for each in (whole, shapes)]
+    assert heads[0].feature_shape == heads[1].feature_shape
+    assert [head.logit.weight.dtype for head in heads] == [torch.float64, torch.float32]
+    assert heads[1].logit.weight.is_meta

@@ -194,7 +194,7 @@ from diffdistill.models.loading import load_teacher
 from diffdistill.models.roles import build_roles
 from diffdistill.models.shards import local, own_rows
 from diffdistill.training.building import build_accelerator
-from diffdistill.training.sharding import splitter
+from diffdistill.training.sharding import fill, splitter
 
 device = build_accelerator("fp32").device
 
@@ -211,10 +211,14 @@ for folder in sys.argv[1:]:
     cond = teacher.condition(["a red circle", "a square"] if teacher.family.reads_text else teacher.examples(2), 2)
     t = torch.full((2,), 0.4, dtype=torch.float64) * teacher.denoiser.schedule.t_max
     loss, x, *whole = gradients(roles, cond, t)
-    roles.split(splitter(device))
-    split_loss, split_x, *rows = gradients(roles, cond, t)
+    shapes = load_teacher(folder, device="meta")
+    split = build_roles(shapes.denoiser, ("student",))
+    split.split(splitter(device))
+    for name, network in split.networks.items():
+        fill(network, roles.networks[name] if torch.distributed.get_rank() == 0 else None, device)
+    split_loss, split_x, *rows = gradients(split, cond, t)
     pairs = [(split_loss, loss), (split_x, x)]
-    for grad, row, parameter in zip(whole, rows, roles.parameters("student"), strict=True):
+    for grad, row, parameter in zip(whole, rows, split.parameters("student"), strict=True):
         assert (grad is None) == (row is None)
         if grad is not None:
             pairs.append((local(row), 2 * own_rows(grad, parameter)))  # both processes have the same samples
@@ -231,6 +235,41 @@ def test_every_family_may_be_split_its_features_too(nursery, tmp_path):
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
     processes = start(nursery, logs, *folders, dit, code=SPLIT_FAMILIES)
     assert [nursery.wait(process) for process in processes] == [0, 0], logs[0].read_text()
+
+
+SPLIT_START = """
+import os, resource, sys, torch
+from pathlib import Path
+from diffdistill.config import load_config
+from diffdistill.training.building import build_accelerator, build_shapes, open_teacher, split_roles
+
+def peak():
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+
+config = load_config(sys.argv[1])
+device = build_accelerator("fp32").device
+Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+before = peak()
+whole = open_teacher(config, "cpu") if os.environ["RANK"] == "0" else None
+roles = build_shapes(config, open_teacher(config, "meta"))
+split_roles(config, roles, whole, device)
+rows = sum(p.to_local().nbytes for network in roles.networks.values() for p in network.parameters())
+print("grown", peak() - before, "rows", rows, "one network", sum(p.nbytes for p in roles.networks["teacher"].parameters()))
+"""
+
+
+def test_at_its_start_a_split_run_holds_rows_and_one_network_in_the_main_process_alone(nursery, tmp_path):
+    """Teacher, student and fake network whole would be three networks in each process."""
+    folder = save_teacher(tmp_path / "large", block_out_channels=(256, 512))
+    stages = [{"steps": 1, "method": METHODS["dmd2"]}]
+    config = write(tmp_path / "run.yaml", run_values(folder, tmp_path / "run", stages=stages, parallel="fsdp"))
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    processes = start(nursery, logs, config, code=SPLIT_START)
+    assert [nursery.wait(process) for process in processes] == [0, 0], logs[0].read_text()
+    for rank, log in enumerate(logs):
+        grown, rows, network = (int(log.read_text().split(name)[1].split()[0]) for name in ("grown", "rows", "one network"))
+        assert network > 150e6 and rows < 1.6 * network
+        assert grown < rows + (1.7 if rank == 0 else 0.5) * network, (rank, grown, rows, network)
 
 
 @pytest.mark.parametrize("killed", [0, 2])
@@ -288,7 +327,8 @@ print("passes", len(passes), "answered", sum(passes))
 def test_a_signal_to_one_process_in_a_validation_stops_both_before_their_next_pass(teacher, nursery, tmp_path, parallel, told):
     protocol = small_protocol(tmp_path / "protocol.yaml", 60)
     looks = {"samples": {"every_steps": 2, "num": 3}, "validation": {"every_steps": 2, "steps": [2], "protocol": protocol}}
-    changes = {"steps": 2, "micro_batch_size": 4, **looks}
+    stages = [{"steps": 1, "method": method} for method in ({"name": "dmd", "regression": {}}, METHODS["dmd2"])]
+    changes = {"stages": stages, "pairs": {"num": 3, "steps": 1}, "micro_batch_size": 4, **looks}
     train(run_config(teacher, tmp_path / "one", **changes), progress=False)
     values, logs = run_values(teacher, tmp_path / "two", parallel=parallel, **changes), [tmp_path / f"log{k}" for k in range(2)]
     processes = start(nursery, logs, write(tmp_path / "run.yaml", values), told, code=SIGNALLED % DRIVER)
