@@ -517,6 +517,7 @@ def doctor(*, json: Json = False) -> int:
     if json:
         _print_json(found)
     else:
+        found |= {f"compute.{setting}": state for setting, state in found.pop("compute").items()}
         kernels = found.pop("attention_kernels").items()
         one_word = {f"attention {name}": set(runs.values()).pop() for name, runs in kernels if len(set(runs.values())) == 1}
         lines = {**found, **{f"attention {name}": runs for name, runs in kernels}, **one_word}

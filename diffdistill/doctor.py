@@ -32,7 +32,7 @@ FREE_GIB_WANTED = 1.0
 
 
 def doctor() -> dict[str, Any]:
-    """Return versions, device, kernels, threads, disk, the state of the shipped files, and a list of problems (empty: fine)."""
+    """Return versions, device, kernels, settings of compute, threads, disk, the state of the shipped files, and a list of problems (empty: fine)."""
     problems: list[str] = []
     versions = {name: _version(name) for name in ("diffdistill", *LIBRARIES)}
     problems += [f"{name} is not installed; pip install {name}" for name, version in versions.items() if version is None]
@@ -58,7 +58,8 @@ def _version(name: str) -> str | None:
 def _torch() -> dict[str, Any]:
     import torch
 
-    from diffdistill.models.attention import usable
+    from diffdistill.device import usual_device
+    from diffdistill.models import attention, compute
 
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -69,7 +70,8 @@ def _torch() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     return {
         "devices": devices or [{"name": "cpu"}],
-        "attention_kernels": usable("cuda" if on_gpu else "cpu"),
+        "attention_kernels": attention.usable(usual_device()),
+        "compute": compute.usable(usual_device()),
         "bf16": torch.cuda.is_bf16_supported() if on_gpu else True,
         "threads": {
             "torch": torch.get_num_threads(),

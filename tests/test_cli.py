@@ -548,9 +548,13 @@ def test_doctor_finds_the_installation_whole(capsys):
     found = json.loads(capsys.readouterr().out)
     assert status == (1 if found["problems"] else 0)
     assert found["versions"]["torch"] and found["assets"]["digits-unet"] == "ok" and found["threads"]["torch"] >= 1
-    assert found["attention_kernels"]["math"]["float32"] == "yes"
+    assert found["attention_kernels"]["math"]["float32"] == "yes" and "flash" in found["attention_kernels"]["auto"]["float32"]
     assert cli.main(["doctor"]) == status
-    assert re.search(r"^attention math +yes$", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert re.search(r"^attention math +yes$", printed, re.MULTILINE)
+    if not torch.cuda.is_available():
+        assert re.search(r"^attention auto +flash \(torch's first choice\)$", printed, re.MULTILINE)
+        assert re.search(r"^compute.cuda_graphs +needs a GPU$", printed, re.MULTILINE)
 
 
 def test_doctor_reports_a_damaged_asset(tmp_path, monkeypatch):

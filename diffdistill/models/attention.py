@@ -97,6 +97,9 @@ class Choice(NamedTuple):
     name: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
 
 class Attention:
     """The kernel of a network, and what was chosen so far.
@@ -176,12 +179,18 @@ class Attention:
         """Return a kernel of the CPU whose memory grows with the number of tokens as this one's does: what a plan is made with."""
         return Attention("math" if self.name in ("math", "flex") else "auto")
 
+    @property
+    def record(self) -> dict[str, list[str]]:
+        """What was chosen, and why -> for which kinds of calls."""
+        calls: dict[str, list[str]] = {}
+        for call, choice in self.choices.items():
+            kinds = calls.setdefault(str(choice), [])
+            kinds += [str(call)] if str(call) not in kinds else []
+        return calls
+
     def __str__(self) -> str:
         """Return in one line what was chosen for what, and why."""
-        calls: dict[Choice, list[str]] = {}
-        for call, choice in self.choices.items():
-            calls.setdefault(choice, []).append(str(call))
-        said = [f"{name} ({reason}) for {'; '.join(dict.fromkeys(kinds))}" for (name, reason), kinds in calls.items()]
+        said = [f"{choice} for {'; '.join(kinds)}" for choice, kinds in self.record.items()]
         return f"{self.name}: {'. '.join(said) or 'no call yet'}"
 
 
@@ -192,7 +201,7 @@ def current_attention() -> Attention | None:
 
 
 def usable(device: torch.device | str, head_size: int = 64) -> dict[str, dict[str, str]]:
-    """Return kernel -> dtype -> "yes", or why not: what `doctor` shows.
+    """Return kernel -> dtype -> "yes", or why not, and first what auto takes, and why: what `doctor` shows.
 
     Args:
         device: to compute on.
@@ -200,7 +209,11 @@ def usable(device: torch.device | str, head_size: int = 64) -> dict[str, dict[st
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     calls = {_name(dtype): Call(torch.device(device), dtype, head_size, head_size, gradient=True) for dtype in dtypes}
-    return {name: {dtype: kernel.refuses(call) or "yes" for dtype, call in calls.items()} for name, kernel in KERNELS.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where auto takes the definition, it says so here
+        auto = {dtype: str(_auto(call)) for dtype, call in calls.items()}
+    able = {name: {dtype: kernel.refuses(call) or "yes" for dtype, call in calls.items()} for name, kernel in KERNELS.items()}
+    return {"auto": auto, **able}
 
 
 # What is chosen

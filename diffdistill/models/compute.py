@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -102,15 +104,36 @@ class _Lowered:
             yield
 
 
-def _to_fp8(teacher: FamilyDenoiser) -> None:
-    device = next(teacher.network.parameters()).device
+def usable(device: torch.device) -> dict[str, str]:
+    """Return setting -> "yes", or why not: what `doctor` shows."""
+    return {
+        "compile: blocks": _compile_lacks(device) or "yes",
+        "cuda_graphs": "yes" if device.type == "cuda" else "needs a GPU",
+        "channels_last": "yes",
+        "frozen: bf16": "yes",
+        "frozen: fp8": _fp8_lacks(device) or "yes",
+    }
+
+
+def _compile_lacks(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "needs Triton; pip install triton"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"needs a C++ compiler, and there is no {compiler}"
+
+
+def _fp8_lacks(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"
-        raise UserError(
-            f"compute.frozen: fp8 needs a GPU of compute capability 8.9 (Ada, Hopper); this is {name}. Set bf16 or null."
-        )
+        return f"needs a GPU of compute capability 8.9 (Ada, Hopper); this is {name}"
     if importlib.util.find_spec("torchao") is None:
-        raise UserError("compute.frozen: fp8 needs torchao. Install it with `pip install 'diffdistill[torchao]'`, or set bf16.")
+        return "needs torchao; pip install 'diffdistill[torchao]'"
+    return None
+
+
+def _to_fp8(teacher: FamilyDenoiser) -> None:
+    if lacks := _fp8_lacks(next(teacher.network.parameters()).device):
+        raise UserError(f"compute.frozen: fp8 {lacks}. Set bf16 or null.")
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     chosen = {

@@ -170,6 +170,11 @@ class RunFolder:
             write_atomic(self.config, "".join(f"# {remark}\n" for remark in remarks) + dump_config(config))
         write_json(self.environment, [*sessions, {**environment(), **facts}])
 
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        """Add to the environment of this session what was not known at its beginning. Call with the lock held."""
+        *before, session = json.loads(self.environment.read_bytes())
+        write_json(self.environment, [*before, {**session, **facts}])
+
     def _sessions(self) -> list[dict[str, Any]]:
         """Return the environments in which the run was started and resumed so far; none before it has begun."""
         return json.loads(self.environment.read_bytes()) if self.has_begun and self.environment.is_file() else []

@@ -284,6 +284,7 @@ class _Run:
                 "parallel": self.config.parallel,
                 "micro_batch_size": self.size,
                 "teacher": self.fingerprints,
+                "compute": self.config.compute.model_dump(mode="json"),
             }
             if self.choice is not None:
                 facts["memory"] = list(self.choice.overrides)
@@ -336,11 +337,17 @@ class _Run:
         for step in range(first, stage.steps):
             engine.step(step, stop=self.processes.asked_to_stop())
             if self.attention_is_new:
-                self.attention_is_new = False
-                self.progress.say(f"attention {self.teacher.denoiser.attention}")
+                self._tell_attention()
             self.done += 1
             self.progress.advance()
             self._after_step(stage, engine, step)
+
+    def _tell_attention(self) -> None:
+        """Say which kernels the first step took, and write them into the environment."""
+        self.attention_is_new, attention = False, self.teacher.denoiser.attention
+        self.progress.say(f"attention {attention}")
+        if self.is_main:
+            self.folder.add_facts({"attention": attention.record})
 
     def _after_step(self, stage: StageConfig, engine: Engine, step: int) -> None:
         """Do what is due after a step: finish the stage, log, look, save, stop."""

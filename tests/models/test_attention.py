@@ -273,6 +273,6 @@ def test_a_plan_is_made_with_a_kernel_that_keeps_as_much():
 
 def test_the_table_of_this_machine_says_yes_or_why_not():
     table = usable("cpu")
-    assert table.keys() == KERNELS.keys()
+    assert list(table) == ["auto", *KERNELS] and table["auto"]["bfloat16"] == "flash (torch's first choice)"
     assert table["math"] == table["sdpa"] == dict.fromkeys(("float32", "bfloat16", "float16"), "yes")
     assert table["flash"]["float32"] == "yes" and "NaN" in table["cudnn"]["bfloat16"]

@@ -420,6 +420,9 @@ def test_tensorboard_samples_and_environment_are_written(teacher, tmp_path):
     assert picture.size == (10 * 32 + 9 * 3, 4 * 32 + 3 * 3)  # two rows of the teacher, two of the student, gaps of 3
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     session = json.loads((tmp_path / "run" / "environment.json").read_text())[0]
+    (kernel,) = session["attention"]
+    assert kernel == "flash (torch's first choice)" and session["attention"][kernel][0].startswith("float32 on cpu")
+    assert session["compute"] == config.compute.model_dump()
     assert session["processes"] == 1 and torch.__version__.startswith(session["versions"]["torch"])
     drift = next(line for line in lines(tmp_path / "run") if "drift/contrast" in line)
     assert drift["drift/fake_lag"] == pytest.approx(1.0, abs=0.05)  # fake and teacher have hardly parted
