@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from diffdistill.bench.check import NOISE
 from diffdistill.bench.results import Machine, OverheadRow, PassRow, Results, SampleRow, StartRow, StepRow
 from diffdistill.bench.timing import Ratio
+from diffdistill.files import write_atomic
 
 HEAD = f"""# Speed: what is spent above what must be
 
@@ -102,7 +104,7 @@ def _commits(found: Results) -> str:
 
 def steps_table(rows: Sequence[StepRow]) -> str:
     """Return the steps as a table."""
-    return _table(
+    return table(
         {
             "model": lambda row: row.teacher,
             "method": lambda row: row.method,
@@ -124,7 +126,7 @@ def steps_table(rows: Sequence[StepRow]) -> str:
 
 def samples_table(rows: Sequence[SampleRow]) -> str:
     """Return the samplings as a table."""
-    return _table(
+    return table(
         {
             "model": lambda row: row.teacher,
             "layout": lambda row: row.layout,
@@ -143,7 +145,7 @@ def samples_table(rows: Sequence[SampleRow]) -> str:
 
 def starts_table(rows: Sequence[StartRow]) -> str:
     """Return the starts as a table."""
-    return _table(
+    return table(
         {
             "what": lambda row: row.what,
             "s on the wall": lambda row: f"{row.seconds:.1f}",
@@ -155,7 +157,7 @@ def starts_table(rows: Sequence[StartRow]) -> str:
 
 def overhead_table(rows: Sequence[OverheadRow]) -> str:
     """Return the overhead as a table."""
-    return _table(
+    return table(
         {
             "what": lambda row: row.what,
             "times": lambda row: row.times,
@@ -176,7 +178,14 @@ def ratio_text(ratio: Ratio) -> str:
     return f"**{ratio.median:.2f}** ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _table(columns: Mapping[str, Callable[..., object]], rows: Sequence[object]) -> str:
+def table(columns: Mapping[str, Callable[..., object]], rows: Sequence[object]) -> str:
     """Return a Markdown table with a row for each of `rows`."""
     lines = [list(columns), ["---"] * len(columns), *([str(value(row)) for value in columns.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill(path: Path, place: str, text: str) -> None:
+    """Put text into a page between the markers `<!-- place -->` and `<!-- /place -->`, which it has."""
+    begin, end = f"<!-- {place} -->\n", f"<!-- /{place} -->"
+    head, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    write_atomic(path, head + begin + text + "\n" + end + rest.partition(end)[2])

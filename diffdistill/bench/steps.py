@@ -56,8 +56,8 @@ def footprint(session: Session) -> dict[str, float | None]:
     rows = memory_rows(session.roles, {role: stage.optimizer(role) for role in stage.trained}, averaged)
     kept = total(rows).kept_bytes
     with recorded(session.roles) as calls:
-        step = _added(session.cycle, session.teacher.device)
-    graph = _added(lambda: _student_pass(calls, session), session.teacher.device)
+        step = added(session.cycle, session.teacher.device)
+    graph = added(lambda: _student_pass(calls, session), session.teacher.device)
     plain = sum(row.kept_bytes for row in rows if row.role in ("teacher", "student", "average of student"))
     return {
         "peak_mib": (kept + step) / MIB,
@@ -78,7 +78,7 @@ def _untimed(action: Callable[[], object]) -> float:
     return 0.0
 
 
-def _added(action: Callable[[], object], device: torch.device) -> int:
+def added(action: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes that an action had beside what was there before it; on a CPU those of blocks as if none were compiled."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

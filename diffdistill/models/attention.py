@@ -51,6 +51,7 @@ Attend = Callable[..., Tensor]
 """(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> (B, H, L, D), as `scaled_dot_product_attention`."""
 
 _TOKENS = 16  # of the calls by which kernels are asked
+_FLEX_KINDS = 64  # of calls that FlexAttention is compiled for; torch's own limit is 8
 _torch_attention = functional.scaled_dot_product_attention
 
 
@@ -393,8 +394,10 @@ def _of_package(package: str, pip: str, attend: Attend, takes_mask: bool) -> Ker
             return reason
         query, key, value, mask = _tiny(call)
         try:
-            with torch.autocast(call.device.type, enabled=False):
-                attend(query, key, value, attn_mask=mask)
+            with torch.autocast(call.device.type, enabled=False), torch.set_grad_enabled(call.gradient):
+                output = attend(query, key, value, attn_mask=mask)
+                if call.gradient:
+                    torch.autograd.grad(output.sum(), (query, key, value))
         except (RuntimeError, ValueError, ImportError, AttributeError) as error:
             return str(error).strip().partition("\n")[0]
         return None
@@ -451,7 +454,12 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = 
 def _flex_attention(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    from torch._dynamo import config
+
+    config.cache_size_limit = max(config.cache_size_limit, _FLEX_KINDS)
+    return torch.compile(flex_attention, fullgraph=True)  # beyond those kinds an error, and not the definition without a word
 
 
 def _flex_refuses(call: Call) -> str | None:

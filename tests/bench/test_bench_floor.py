@@ -6,13 +6,14 @@ import bench_cells
 import pytest
 import torch
 
-from diffdistill.bench import published
+from diffdistill.bench import published, results
 from diffdistill.bench.floor import MIN_ROUNDS, compare
 from diffdistill.bench.passes import Pass, bare, count, recorded
 from diffdistill.bench.run import bench
 from diffdistill.bench.session import open_session
 from diffdistill.bench.steps import footprint
 from diffdistill.bench.timing import processor_time
+from diffdistill.cli import main
 from diffdistill.errors import UserError
 from diffdistill.models.heads import features
 
@@ -243,3 +244,14 @@ def test_a_step_of_true_size_costs_little_above_its_passes(method):
     definition = bench_cells.GPU.with_options(["steps"], 3.0)
     found = bench(definition, definition.cells(["sd15"], [method], ["shared"]))
     assert found.steps[0].ratio.low < 1.05
+
+
+@pytest.mark.gpu
+def test_the_verb_measures_the_published_network_where_there_is_a_gpu(tmp_path):
+    """Steps in both layouts, and images, with what a GPU alone has: events, the allocator's peak, and the file of its definition."""
+    options = ["--methods", "vsd", "--seconds", "0.5", "-o", str(tmp_path)]
+    assert main(["bench", "compute.cuda_graphs=true", *options]) == 0
+    (found,) = results.read(tmp_path / "gpu.json").values()
+    assert found.machine.device == torch.cuda.get_device_name() and [row.layout for row in found.steps] == ["copies", "shared"]
+    assert all(row.peak_mib > 1000 and row.memory >= 0.99 and row.step_ms > 1 for row in found.steps)
+    assert len(found.samples) == 16

@@ -149,12 +149,20 @@ def test_what_the_machine_or_the_network_cannot_is_refused_before_the_first_step
 @pytest.mark.gpu
 @each_run
 @each_method
-@pytest.mark.parametrize("changes", [{"cuda_graphs": True}, {"compile": "blocks"}, {"channels_last": True}], ids=str)
-def test_losses_on_a_gpu_stay_as_they_are(method, layout, changes):
-    """Recorded passes run the same kernels; compiled ones fuse them, and round the same sums elsewhere."""
-    exactly_alike = "cuda_graphs" in changes
-    plain, changed = (losses(config(method, layout, compute=each), device="cuda") for each in ({}, changes))
-    assert difference(changed, plain) <= (1e-6 if exactly_alike else 1e-2)  # TensorFloat-32 in convolutions
+@pytest.mark.parametrize(("setting", "tolerance"), [("cuda_graphs", 1e-5), ("channels_last", 1e-2)])
+def test_losses_on_a_gpu_stay_as_they_are(method, layout, setting, tolerance, monkeypatch):
+    """Recorded passes run the same kernels, and sums by atomic additions differ by rounding; in another layout TensorFloat-32 rounds others."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    plain, changed = (losses(config(method, layout, compute=each), device="cuda") for each in ({}, {setting: True}))
+    assert difference(changed, plain) <= tolerance
+
+
+@pytest.mark.gpu
+@each_run
+def test_losses_on_a_gpu_stay_as_they_are_with_compiled_blocks(layout):
+    """They are fused, and round the same sums elsewhere; one method, since compiling takes a minute."""
+    plain, changed = (losses(config("dmd2", layout, compute=each), device="cuda") for each in ({}, {"compile": "blocks"}))
+    assert difference(changed, plain) <= 1e-2
 
 
 @pytest.mark.gpu
