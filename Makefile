@@ -25,7 +25,7 @@ test-gpu: install  ## what only a GPU shows
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m gpu
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: install  ## kill -9, 50 times each, of training, caching, evaluating and exporting (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_kills.py --kills 50 -s -rA

@@ -20,10 +20,10 @@ from diffdistill.evaluation.protocol import PROTOCOLS_FOLDER
 
 @pytest.fixture
 def protocol(tmp_path) -> str:
-    """2,500 images, so three parts, of an embedded teacher."""
+    """2,016 images, so three parts, of an embedded teacher."""
     values = yaml.safe_load((PROTOCOLS_FOLDER / "digits-short.yaml").read_text())
     path = tmp_path / "three-parts.yaml"
-    path.write_text(yaml.safe_dump({**values, "name": "three-parts", "num_images": 2500}))
+    path.write_text(yaml.safe_dump({**values, "name": "three-parts", "num_images": 2016}))
     return str(path)
 
 

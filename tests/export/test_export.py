@@ -235,6 +235,7 @@ def verified(place, manifests) -> dict[str, Any]:
     return dict(zip(folders, verify_all(list(folders.values())), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_export_makes_the_students_images_in_stock_diffusers(name, verified, manifests):
     verification = verified[name]

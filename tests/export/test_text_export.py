@@ -153,6 +153,7 @@ def verified(place, manifests) -> dict[str, Any]:
     return dict(zip(folders, verify_all(list(folders.values())), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOOD)
 def test_stock_diffusers_makes_the_students_images(name, verified, manifests):
     assert verified[name].passed, str(verified[name])

@@ -44,6 +44,7 @@ def test_the_message_has_the_plan_and_three_settings_and_the_checkpoint_stays(te
     assert load_run(tmp_path / "run").step == 3
 
 
+@pytest.mark.slow
 def test_settings_are_ranked_by_the_bytes_they_save(teacher, tmp_path):
     config = run_config(teacher, tmp_path / "run", batch_size=8, micro_batch_size=8)
     plan = plan_memory(config, "cpu")

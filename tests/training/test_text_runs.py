@@ -62,6 +62,7 @@ def config(place: Path, output: str, method: dict[str, Any], data: str = "prompt
     return parse_config(values | changes)
 
 
+@pytest.mark.slow
 def test_prompts_in_and_a_verified_lora_out(place):
     """DMD2 with guidance on one backbone, data-free; the export is checked by stock diffusers in a new process."""
     run = config(place, "dmd2", DMD2)
@@ -118,6 +119,7 @@ def test_a_half_precision_base_trains_and_leaves_as_a_verified_lora(place):
     assert manifest.dtype == "bfloat16" and manifest.verification is not None and manifest.verification.passed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_a_base_rounded_to_int8_trains_adapters_that_leave_for_the_base_s_own_weights(place):
     """Adapters move, codes do not; the exports are checked on the weights as they are, and say what they were trained on."""
