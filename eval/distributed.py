@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from diffdistill.bench.session import random_trajectories
 from diffdistill.config import RunConfig, parse_config
 from diffdistill.files import write_json
 from diffdistill.models.loading import Teacher, load_teacher
@@ -45,16 +46,18 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "vsd": {"name": "vsd"},
     "lcm": {"name": "lcm", "ema_decay": 0.9},
     "guidance": {"name": "guidance", "guidance": [1.0, 5.0], "guidance_input": 2.0},
+    "agd": {"name": "agd", "adapters": {"hidden_dim": 16, "targets": ["resnets.0"]}},
 }
 PROVEN = (
     "progressive",
     "consistency",
     "dmd2",
     "vsd",
-)  # in every layout; the others stand for an averaged target and extra inputs
+)  # in every layout; the others stand for an averaged target, extra inputs and guidance adapters
 COPIES: dict[str, Any] = {"layout": "copies"}
 COPIES_LORA: dict[str, Any] = {"layout": "copies", "lora": {"rank": 4}}
 SHARED: dict[str, Any] = {"layout": "shared", "lora": {"rank": 4}}
+SHARED_ADAPTERS: dict[str, Any] = {"layout": "shared"}  # guidance adapters, which a method brings along
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,19 @@ SHORT = [
     Case("dmd2", SHARED, "ddp", checkpointing=True),
     Case("dmd2", SHARED, "fsdp", checkpointing=True),
     Case("vsd", SHARED, "fsdp"),
+    Case("agd", SHARED_ADAPTERS, "fsdp", checkpointing=True),
 ]
 LONG = [
     Case(method, roles, parallel, checkpointing=roles is not COPIES)
     for method in PROVEN
     for roles in (COPIES, COPIES_LORA, SHARED)
     for parallel in ("ddp", "fsdp")
-] + [Case("lcm", COPIES_LORA, "fsdp"), Case("guidance", COPIES, "fsdp", checkpointing=True)]
+] + [
+    Case("lcm", COPIES_LORA, "fsdp"),
+    Case("guidance", COPIES, "fsdp", checkpointing=True),
+    Case("agd", COPIES, "fsdp"),
+    Case("agd", SHARED_ADAPTERS, "fsdp", checkpointing=True),
+]
 
 
 class Alone:
@@ -153,6 +162,7 @@ def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: 
         roles,
         source=build_source(config, teacher),
         pairs=None,
+        trajectories=random_trajectories(teacher, 64) if config.stages[0].needs.trajectories is not None else None,
         shadow=shadow,
         accelerator=accelerator,
         size=1,

@@ -248,6 +248,7 @@ def test_a_list_of_wrong_elements_is_one_mistake(write):
         (DMD2, ["parallel=fsdp", "teacher_options.quantize=int8"], "teacher_options.quantize", "parallel: fsdp cannot split"),
         (DMD2, ["parallel=fsdp", "precision=fp16"], "precision", "Set bf16"),
         (DMD2, ["parallel=fsdp", "memory=auto"], "memory", "set parallel: ddp"),
+        (DMD2, ["parallel=fsdp", "compute.channels_last=true"], "compute.channels_last", "cuts them into rows"),
         (DMD2, ["parallel=fsdp", "stages.0.optimizers.fake={name: adamw8bit}"], "stages.0.optimizers.fake.name", "Set adamw"),
         (PROGRESSIVE, ["batch_size=10", "micro_batch_size=4"], "micro_batch_size", "Set it to 2"),
         (PROGRESSIVE, ["micro_batch_size=256"], "micro_batch_size", "Set it to 128"),

@@ -227,6 +227,11 @@ def _compute_problems(config: RunConfig) -> Iterator[Problem]:
                 f"compute.{name}",
                 "is for networks that lie whole on each GPU, which parallel: fsdp splits. Leave it out, or set parallel: ddp.",
             )
+    if config.parallel == "fsdp" and compute.channels_last:
+        yield Problem(
+            "compute.channels_last",
+            "orders weights otherwise than parallel: fsdp, which cuts them into rows and sends these. Leave it out, or set parallel: ddp.",
+        )
     narrow = "bf16" in (config.teacher_options.dtype, config.precision if layout == "shared" else None)
     if compute.frozen == "bf16" and narrow:
         yield Problem("compute.frozen", "bf16 has no effect: the teacher's passes run in bf16 anyway. Leave it out.")

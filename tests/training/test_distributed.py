@@ -183,12 +183,13 @@ def test_several_processes_compute_what_one_does(teacher, nursery, tmp_path, cou
     processes = start(nursery, logs, "--teacher", teacher, "--cases", "short", "--steps", 4, "-o", output, code=script)
     assert [nursery.wait(process) for process in processes] == [0] * count, logs[0].read_text()
     rows = json.loads(output.read_text())["cases"]
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert all(value < 1e-12 for row in rows.values() for value in row.values())  # float64 sums in another order
 
 
 SPLIT_FAMILIES = """
 import sys, torch
+from diffdistill.models.forward_mode import denoiser_jvp
 from diffdistill.models.heads import features
 from diffdistill.models.loading import load_teacher
 from diffdistill.models.roles import build_roles
@@ -201,23 +202,24 @@ device = build_accelerator("fp32").device
 def gradients(roles, cond, t):
     torch.manual_seed(0)
     x = torch.randn(2, *roles.teacher.sample_shape).requires_grad_()
+    along = denoiser_jvp(roles["student"], x, t, cond, torch.ones_like(x), torch.ones_like(t))
     loss = roles["student"](x, t, cond).x0.square().mean() + features(roles.teacher, x, t, cond).square().mean()
     loss.backward()
-    return [loss.detach(), x.grad] + [parameter.grad for parameter in roles.parameters("student")]
+    return [loss.detach(), x.grad, along.tangent] + [parameter.grad for parameter in roles.parameters("student")]
 
 for folder in sys.argv[1:]:
     teacher = load_teacher(folder)
     roles = build_roles(teacher.denoiser, ("student",))
     cond = teacher.condition(["a red circle", "a square"] if teacher.family.reads_text else teacher.examples(2), 2)
     t = torch.full((2,), 0.4, dtype=torch.float64) * teacher.denoiser.schedule.t_max
-    loss, x, *whole = gradients(roles, cond, t)
+    loss, x, along, *whole = gradients(roles, cond, t)
     shapes = load_teacher(folder, device="meta")
     split = build_roles(shapes.denoiser, ("student",))
     split.split(splitter(device))
     for name, network in split.networks.items():
         fill(network, roles.networks[name] if torch.distributed.get_rank() == 0 else None, device)
-    split_loss, split_x, *rows = gradients(split, cond, t)
-    pairs = [(split_loss, loss), (split_x, x)]
+    split_loss, split_x, split_along, *rows = gradients(split, cond, t)
+    pairs = [(split_loss, loss), (split_x, x), (split_along, along)]
     for grad, row, parameter in zip(whole, rows, split.parameters("student"), strict=True):
         assert (grad is None) == (row is None)
         if grad is not None:
@@ -228,7 +230,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_every_family_may_be_split_its_features_too(nursery, tmp_path):
+def test_every_family_may_be_split_its_features_and_forward_mode_too(nursery, tmp_path):
     names = ("sd", "sdxl", "pixart", "sd3", "flux", "sana")
     folders = [text_pipelines.save(name, tmp_path) for name in names]
     dit = small_networks.save(DiTPipeline(small_networks.dit(), small_networks.vae(), DDIMScheduler()), tmp_path / "dit")
