@@ -4,7 +4,11 @@ Every case trains a small teacher's student in float64, once in one process and 
 the first update of every role, the logged losses of every step, the final weights of every role and the average. What differs is
 the order of sums alone, so the bound, 1e-6 relative to the largest value of a kind, is far above what is found.
 
-    torchrun --standalone --nproc-per-node 2 eval/distributed.py [--teacher digits-unet] [--steps 20] [--cases short] [-o two.json]
+With --keep every training leaves a checkpoint of its middle there, and those of other numbers of processes are gone on with: by all
+processes from the one of a single process, and of an earlier launch with the same folder, and by a single process from theirs.
+
+    torchrun --standalone --nproc-per-node 4 eval/distributed.py [--teacher digits-unet] [--steps 20] [--cases short] [--keep FOLDER] [-o four.json]
+    torchrun --standalone --nproc-per-node 2 eval/distributed.py ... --keep FOLDER -o two.json       # 1 to 2, 4 to 2, 2 to 1
     python eval/distributed.py --table two.json four.json       # the table of docs/scale.md
 """
 
@@ -27,9 +31,12 @@ from diffdistill.bench.session import random_trajectories
 from diffdistill.config import RunConfig, parse_config
 from diffdistill.files import write_json
 from diffdistill.models.loading import Teacher, load_teacher
+from diffdistill.processes import ALONE
+from diffdistill.training import checkpoint
 from diffdistill.training.building import (
     build_accelerator,
     build_engine,
+    build_processes,
     build_run_roles,
     build_shadow,
     build_shapes,
@@ -37,6 +44,7 @@ from diffdistill.training.building import (
 )
 from diffdistill.training.data_feed import build_source
 from diffdistill.training.engine import Engine
+from diffdistill.training.loading import load_roles, stored_tensors
 
 LIMIT = 1e-6
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -93,13 +101,14 @@ class Case:
         )
 
 
+GOES_ON = Case("dmd2", SHARED, "fsdp", checkpointing=True)  # of the short ones, the one that is resumed
 SHORT = [
     Case("progressive", COPIES, "ddp"),
     Case("progressive", COPIES, "fsdp"),
     Case("consistency", COPIES_LORA, "fsdp", checkpointing=True),
     Case("dmd2", COPIES, "fsdp"),
     Case("dmd2", SHARED, "ddp", checkpointing=True),
-    Case("dmd2", SHARED, "fsdp", checkpointing=True),
+    GOES_ON,
     Case("vsd", SHARED, "fsdp"),
     Case("agd", SHARED_ADAPTERS, "fsdp", checkpointing=True),
 ]
@@ -145,8 +154,21 @@ Left = dict[str, dict[str, Tensor]]
 """What a run of a case leaves: by kind ("gradients", "losses", "weights", "average") name -> numbers."""
 
 
-def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: Any) -> Left:
-    """Train a case and return what it leaves in this process: of split networks, its rows."""
+def trained(
+    case: Case,
+    teacher: Teacher,
+    folder: str,
+    steps: int,
+    accelerator: Any,
+    saves: Path | None = None,
+    resumes: Path | None = None,
+) -> Left:
+    """Train a case and return what it leaves in this process: of split networks, its rows.
+
+    Args:
+        saves: where a checkpoint is written after half of the steps.
+        resumes: where such a one is to be gone on with.
+    """
     config = case.config(folder, steps)
     split = config.parallel == "fsdp" and accelerator.num_processes > 1
     if split:
@@ -167,9 +189,20 @@ def trained(case: Case, teacher: Teacher, folder: str, steps: int, accelerator: 
         accelerator=accelerator,
         size=1,
     )
-    losses = []
+    losses, first = [], 0
+    if resumes is not None:
+        found, _ = checkpoint.newest(resumes)
+        assert found is not None and shadow is not None
+        first = found.step
+        load_roles(roles, found)
+        shadow.load_state(found.tensors["ema-student"])
+        for role, optimizer in engine.optimizers.items():
+            optimizer.load_state(found.tensors[f"optimizer-{role}"])
     with recorded_gradients(engine) as gradients:
-        for step in range(steps):
+        for step in range(first, steps):
+            if saves is not None and step == steps // 2 and (split or accelerator.process_index == 0):
+                writers = build_processes(accelerator, lambda: False) if split else ALONE
+                checkpoint.save(saves, step, stored_tensors(roles, shadow, engine.optimizers), {}, writers)
             engine.step(step)
             losses.append(engine.meter.read())
         engine.distiller.finish()
@@ -199,8 +232,9 @@ def put_together(own: Left) -> Left | None:
     }
 
 
-def differences(several: Left, one: Left) -> dict[str, float]:
+def differences(several: Left | None, one: Left) -> dict[str, float]:
     """Return, by kind, the largest difference relative to the largest number of that kind."""
+    assert several is not None
     found = {}
     for kind, named in one.items():
         other = several[kind]
@@ -224,6 +258,7 @@ def main() -> int:
     parser.add_argument("--teacher", default="digits-unet", help="name or folder")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cases", choices=("short", "long"), default="long")
+    parser.add_argument("--keep", type=Path, help="folder of checkpoints of the middle, on a disk that the processes share")
     parser.add_argument("-o", "--output", type=Path, help="write the differences there as JSON")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of such files, and run nothing")
     arguments = parser.parse_args()
@@ -233,20 +268,32 @@ def main() -> int:
     accelerator = build_accelerator("fp32")
     first = accelerator.process_index == 0
     rows: dict[str, dict[str, float]] = {}
-    for case in SHORT if arguments.cases == "short" else LONG:
+    for number, case in enumerate(SHORT if arguments.cases == "short" else LONG):
         begin = time.perf_counter()
-        one = None
-        if first:
-            one = trained(
-                case, load_teacher(arguments.teacher, torch.float64, "cpu"), arguments.teacher, arguments.steps, Alone()
-            )
+        keep = arguments.keep and arguments.keep / str(number)
+        if arguments.cases == "short" and case != GOES_ON:
+            keep = None
+
+        def train(group: Any, case: Case = case, **places: Path | None) -> Left | None:
+            teacher = load_teacher(arguments.teacher, torch.float64, "cpu")
+            own = trained(case, teacher, arguments.teacher, arguments.steps, group, **places)
+            return put_together(own) if case.parallel == "fsdp" and group.num_processes > 1 else own
+
+        one = train(Alone(), saves=keep and keep / "1") if first else None
         accelerator.wait_for_everyone()
-        own = trained(
-            case, load_teacher(arguments.teacher, torch.float64, "cpu"), arguments.teacher, arguments.steps, accelerator
-        )
-        several = put_together(own) if case.parallel == "fsdp" else own
-        if one is not None and several is not None:
-            rows[str(case)] = differences(several, one)
+        count = accelerator.num_processes
+        several = {"": train(accelerator, saves=keep and keep / str(count))}
+        accelerator.wait_for_everyone()
+        for place in sorted(keep.iterdir()) if keep is not None else ():
+            if place.name != str(count):
+                several[f"{place.name} to {count}"] = train(accelerator, resumes=place)
+            elif first:
+                several[f"{count} to 1"] = train(Alone(), resumes=place)
+        if one is not None:
+            rows[str(case)] = differences(several.pop(""), one)
+            for name, resumed in several.items():
+                ended = differences(resumed, {kind: one[kind] for kind in ("weights", "average")})
+                rows[str(case)][f"resumed {name}"] = max(ended.values())
             shown = "  ".join(f"{kind} {value:.1e}" for kind, value in rows[str(case)].items())
             print(f"{case}: {shown}  ({time.perf_counter() - begin:.1f} s)", flush=True)
     if first and arguments.output is not None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diffdistill.config import RunConfig, StageConfig, load_config
 from diffdistill.device import usual_device
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.models.loading import Teacher
-from diffdistill.models.roles import HEAD, Roles
+from diffdistill.models.roles import HEAD, Roles, Shadow
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.training import checkpoint
 from diffdistill.training.building import build_distiller, build_run_roles, open_teacher
 from diffdistill.training.checkpoint import Checkpoint
 from diffdistill.training.folder import RunFolder
+from diffdistill.training.optimizers import RoleOptimizer
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ def load_run(
 def stored_roles(roles: Roles) -> tuple[str, ...]:
     """Return the roles that a checkpoint holds, the discriminator head among them."""
     return (*roles.names, HEAD) if roles.head is not None else roles.names
+
+
+def stored_tensors(
+    roles: Roles, shadow: Shadow | None, optimizers: Mapping[str, RoleOptimizer]
+) -> dict[str, dict[str, Tensor]]:
+    """Return what a checkpoint holds, by group: every role, the student's average, and the state of each optimiser."""
+    tensors = {f"role-{role}": roles.state(role) for role in stored_roles(roles)}
+    if shadow is not None:
+        tensors["ema-student"] = shadow.state()
+    return tensors | {f"optimizer-{role}": optimizer.state() for role, optimizer in optimizers.items()}
 
 
 def load_roles(roles: Roles, found: Checkpoint) -> None:

@@ -40,7 +40,7 @@ from diffdistill.training.detectors import Alarms
 from diffdistill.training.engine import Engine
 from diffdistill.training.folder import RunFolder, comparable
 from diffdistill.training.lifeline import Lifeline
-from diffdistill.training.loading import load_roles, stored_roles
+from diffdistill.training.loading import load_roles, stored_roles, stored_tensors
 from diffdistill.training.memory_auto import Choice, available, choose, least_room
 from diffdistill.training.optimizers import learning_rate, require_package
 from diffdistill.training.out_of_memory import is_out_of_memory, out_of_memory
@@ -497,11 +497,7 @@ class _Run:
     def _save(self, engine: Engine, stage_step: int, metrics: Mapping[str, float], left: Sequence[str]) -> None:
         """Write a checkpoint from which the run goes on with the looks `left` at `stage_step` of the stage; 0 where it has ended."""
         ended = stage_step == 0
-        tensors = {f"role-{role}": self.roles.state(role) for role in stored_roles(self.roles)}
-        if self.shadow is not None:
-            tensors["ema-student"] = self.shadow.state()
-        if not ended:
-            tensors |= {f"optimizer-{role}": optimizer.state() for role, optimizer in engine.optimizers.items()}
+        tensors = stored_tensors(self.roles, self.shadow, {} if ended else engine.optimizers)
         state = {
             "stage": engine.stage + 1 if ended else engine.stage,
             "stage_step": stage_step,

@@ -176,15 +176,18 @@ def test_a_split_run_equals_one_process_and_goes_on_in_any_number(teacher, nurse
         load_run(folder, halfway)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_compute_what_one_does(teacher, nursery, tmp_path, count):
-    output, logs = tmp_path / "differences.json", [tmp_path / f"log{rank}" for rank in range(count)]
+def test_several_processes_compute_what_one_does_and_go_on_with_what_others_left(teacher, nursery, tmp_path):
     script = (ROOT / "eval" / "distributed.py").read_text()
-    processes = start(nursery, logs, "--teacher", teacher, "--cases", "short", "--steps", 4, "-o", output, code=script)
-    assert [nursery.wait(process) for process in processes] == [0] * count, logs[0].read_text()
-    rows = json.loads(output.read_text())["cases"]
-    assert len(rows) == 8
-    assert all(value < 1e-12 for row in rows.values() for value in row.values())  # float64 sums in another order
+    settings = ("--teacher", teacher, "--cases", "short", "--steps", 4, "--keep", tmp_path / "middle")
+    for count, resumed in ((4, {"1 to 4", "4 to 1"}), (2, {"1 to 2", "4 to 2", "2 to 1"})):
+        output, logs = tmp_path / f"{count}.json", [tmp_path / f"log{count}-{rank}" for rank in range(count)]
+        processes = start(nursery, logs, *settings, "-o", output, code=script)
+        assert [nursery.wait(process) for process in processes] == [0] * count, logs[0].read_text()
+        rows = json.loads(output.read_text())["cases"]
+        assert len(rows) == 8
+        assert all(value < 1e-12 for row in rows.values() for value in row.values())  # float64 sums in another order
+        ways = [{name.removeprefix("resumed ") for name in row if name.startswith("resumed ")} for row in rows.values()]
+        assert ways.count(resumed) == 1 and ways.count(set()) == 7  # DMD2: three roles with moments, an average
 
 
 SPLIT_FAMILIES = """
