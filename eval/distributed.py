@@ -128,7 +128,10 @@ LONG = [
 class Alone:
     """What the engine asks of an accelerator, for one process among several."""
 
-    device, process_index, num_processes, scaler, mixed_precision = torch.device("cpu"), 0, 1, None, "no"
+    process_index, num_processes, scaler, mixed_precision = 0, 1, None, "no"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass."""
@@ -170,7 +173,7 @@ def trained(
         resumes: where such a one is to be gone on with.
     """
     config = case.config(folder, steps)
-    split = config.parallel == "fsdp" and accelerator.num_processes > 1
+    split = config.parallel == "fsdp" and not isinstance(accelerator, Alone)  # over one process too: a GPU alone tries it
     if split:
         roles = build_shapes(config, load_teacher(folder, torch.float64, "meta"))
         split_roles(config, roles, teacher if accelerator.is_main_process else None, accelerator.device)
@@ -219,6 +222,7 @@ def trained(
 
 def put_together(own: Left) -> Left | None:
     """Return of split networks the whole, in process 0."""
+    own = {kind: {name: value.cpu() for name, value in named.items()} for kind, named in own.items()}
     parts: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
     distributed.gather_object(own, parts)
     if parts is None:
@@ -240,7 +244,7 @@ def differences(several: Left | None, one: Left) -> dict[str, float]:
         other = several[kind]
         assert named.keys() == other.keys(), f"{kind}: {named.keys() ^ other.keys()}"
         largest = max(float(value.abs().max()) for value in named.values())
-        found[kind] = max(float((other[name] - value).abs().max()) for name, value in named.items()) / largest
+        found[kind] = max(float((other[name].cpu() - value.cpu()).abs().max()) for name, value in named.items()) / largest
     return found
 
 
@@ -275,11 +279,11 @@ def main() -> int:
             keep = None
 
         def train(group: Any, case: Case = case, **places: Path | None) -> Left | None:
-            teacher = load_teacher(arguments.teacher, torch.float64, "cpu")
+            teacher = load_teacher(arguments.teacher, torch.float64, accelerator.device)
             own = trained(case, teacher, arguments.teacher, arguments.steps, group, **places)
-            return put_together(own) if case.parallel == "fsdp" and group.num_processes > 1 else own
+            return put_together(own) if case.parallel == "fsdp" and group is accelerator else own
 
-        one = train(Alone(), saves=keep and keep / "1") if first else None
+        one = train(Alone(accelerator.device), saves=keep and keep / "1") if first else None
         accelerator.wait_for_everyone()
         count = accelerator.num_processes
         several = {"": train(accelerator, saves=keep and keep / str(count))}
@@ -288,7 +292,7 @@ def main() -> int:
             if place.name != str(count):
                 several[f"{place.name} to {count}"] = train(accelerator, resumes=place)
             elif first:
-                several[f"{count} to 1"] = train(Alone(), resumes=place)
+                several[f"{count} to 1"] = train(Alone(accelerator.device), resumes=place)
         if one is not None:
             rows[str(case)] = differences(several.pop(""), one)
             for name, resumed in several.items():
