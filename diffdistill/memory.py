@@ -77,7 +77,7 @@ class MemoryPlan:
     Attributes:
         stage: which one, counted from 0.
         rows: by role.
-        turns: of a step, in order; their gradients and activations are there one turn at a time.
+        turns: of a step, in order, and making images, which trains nothing; gradients and activations are there one turn at a time.
     """
 
     stage: int

@@ -98,7 +98,8 @@ def recipe_plan(
     """Return the plan of a recipe on a GPU; `activations` by stage and turn, where they are known, `config` in place of its own."""
     model, config = model_of(name), config or load_config(recipes.recipe_path(name))
     assert config.teacher_options.dtype == "bf16"
-    teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)
+    network, autoencoder = (on_meta(build, torch.bfloat16) for build in (model.build, model.autoencoder))
+    teacher = teacher_of(model, network, model.state, autoencoder)
     rounded = dataclasses.replace(teacher, quantized=config.teacher_options.quantize)
     return plan_memory(config, "cuda", rounded, activations)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,12 +86,38 @@ def sana() -> Any:
     return diffusers.SanaTransformer2DModel(sample_size=16)
 
 
+def kl_autoencoder(latent_channels: int = 4) -> Any:
+    """Return the autoencoder of Stable Diffusion 1.5, SDXL and PixArt-alpha, or with 16 channels that of SD3 and FLUX.1."""
+    import diffusers
+
+    channels = (128, 256, 512, 512)
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        latent_channels=latent_channels,
+        use_quant_conv=latent_channels == 4,
+        use_post_quant_conv=latent_channels == 4,
+    )
+
+
+def dc_autoencoder() -> Any:
+    """Return the autoencoder of Sana, which divides edges by 32."""
+    import diffusers
+
+    return diffusers.AutoencoderDC(
+        downsample_block_type="conv", upsample_block_type="interpolate", encoder_layers_per_block=(2, 2, 2, 3, 3, 3)
+    )
+
+
 @dataclass(frozen=True)
 class Published:
     """A published text-to-image model.
 
     Attributes:
         build: its network.
+        autoencoder: builds that.
         schedule, kind: the path its states live on, and what the network emits.
         state: (C, H, W) of the states at the size its recipes train.
         prompt: name -> shape of what a prompt is encoded to.
@@ -98,6 +125,7 @@ class Published:
     """
 
     build: Callable[[], Any]
+    autoencoder: Callable[[], Any]
     schedule: Schedule
     kind: str
     state: tuple[int, int, int]
@@ -108,18 +136,22 @@ class Published:
 FLOW = RectifiedFlowSchedule(3.0)
 MASKED = "encoder_attention_mask"
 MODELS: dict[str, Published] = {  # by the first part of the recipes' names
-    "sd15": Published(sd15, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (77, 768)}, {}),
+    "sd15": Published(sd15, kl_autoencoder, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (77, 768)}, {}),
     "sdxl": Published(
         sdxl,
+        kl_autoencoder,
         SCHEDULE,
         "epsilon",
         (4, 128, 128),
         {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,)},
         {"time_ids": (6,)},
     ),
-    "pixart": Published(pixart, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (120, 4096), MASKED: (120,)}, {}),
+    "pixart": Published(
+        pixart, kl_autoencoder, SCHEDULE, "epsilon", (4, 64, 64), {"encoder_hidden_states": (120, 4096), MASKED: (120,)}, {}
+    ),
     "sd3": Published(
         sd3,
+        partial(kl_autoencoder, 16),
         FLOW,
         "flow_prediction",
         (16, 128, 128),
@@ -128,13 +160,16 @@ MODELS: dict[str, Published] = {  # by the first part of the recipes' names
     ),
     "flux": Published(
         flux,
+        partial(kl_autoencoder, 16),
         FLOW,
         "flow_prediction",
         (16, 64, 64),
         {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)},
         {"embedded_guidance": ()},
     ),
-    "sana": Published(sana, FLOW, "flow_prediction", (32, 16, 16), {"encoder_hidden_states": (300, 2304), MASKED: (300,)}, {}),
+    "sana": Published(
+        sana, dc_autoencoder, FLOW, "flow_prediction", (32, 16, 16), {"encoder_hidden_states": (300, 2304), MASKED: (300,)}, {}
+    ),
 }
 
 
@@ -162,13 +197,13 @@ class StatedPrompts:
         return {name: torch.zeros(num, *shape, dtype=kinds[name], device=self.device) for name, shape in shapes.items()}
 
 
-def teacher_of(model: Published, network: Any, state: tuple[int, int, int]) -> Teacher:
-    """Return a model as a teacher without autoencoder and text encoders."""
+def teacher_of(model: Published, network: Any, state: tuple[int, int, int], autoencoder: Any = None) -> Teacher:
+    """Return a model as a teacher without text encoders, and where none is given without autoencoder."""
     first = next(network.parameters())
     family = FAMILIES[type(network).__name__]
     denoiser = NetworkDenoiser(network.eval().requires_grad_(False), family, model.schedule, model.kind, state)
     prompts = StatedPrompts(model, first.dtype, first.device)
-    return Teacher(denoiser, family, network, Codec(), {}, "", "", guidance=1.0, steps=1, conditioner=prompts)
+    return Teacher(denoiser, family, network, Codec(autoencoder), {}, "", "", guidance=1.0, steps=1, conditioner=prompts)
 
 
 def random_network(build: Callable[[], Any], device: torch.device, std: float = 0.02) -> Any:

@@ -286,6 +286,12 @@ class RunConfig(_Frozen):
         gt=0,
         description="samples of one forward pass, divides batch_size; smaller needs less memory; null for the whole batch",
     )
+    sampling_batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="rows of a pass, and images decoded at once, where images are made for samples and validation; the images do not "
+        "depend on it; null for those of a micro-batch",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32")
     compute: ComputeConfig = Field(ComputeConfig(), description="how the networks are computed")
     memory: Literal["auto"] | None = Field(

@@ -54,12 +54,16 @@ class Codec:
         if self.vae is not None:
             self.vae.to("cpu")
 
+    def _bring_to(self, device: torch.device) -> None:
+        if self.vae.device != device:
+            self.vae.to(device)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return states of images (B, C, H, W) in [-1, 1]: the mean of the latent, shifted and scaled to the model's range."""
         if self.vae is None:
             return images
-        self.vae.to(images.device)
+        self._bring_to(images.device)
         encoded = self.vae.encode(images.to(self.vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         return (latents.float() - self._shift) * self._scale
@@ -69,5 +73,5 @@ class Codec:
         """Return images, about [-1, 1], of states (B, C, H, W)."""
         if self.vae is None:
             return states
-        self.vae.to(states.device)
+        self._bring_to(states.device)
         return self.vae.decode((states / self._scale + self._shift).to(self.vae.dtype)).sample

@@ -18,6 +18,7 @@ from diffdistill.models.adapters import InRole, RowsError, rows_context
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser, OfNetwork
 from diffdistill.models.guidance import Guided
+from diffdistill.models.parts import predict_in_parts
 
 
 @torch.no_grad()
@@ -62,14 +63,7 @@ def _in_parts(call: _Call) -> Prediction:
     """Return what a denoiser says, asked about as many rows at a time as its role allows."""
     role = call.denoiser.role if isinstance(call.denoiser, OfNetwork) else None
     rows = role.rows_at_once if isinstance(role, InRole) else None
-    if rows is None or len(call.x_t) <= rows:
-        return call.denoiser(call.x_t, call.t, call.cond)
-    parts = [
-        call.denoiser(call.x_t[k : k + rows], call.t[k : k + rows], call.cond.select(slice(k, k + rows)))
-        for k in range(0, len(call.x_t), rows)
-    ]
-    columns = zip(*((part.raw, part.x_t, part.alpha, part.sigma) for part in parts), strict=True)
-    return Prediction(parts[0].kind, *map(torch.cat, columns))
+    return predict_in_parts(call.denoiser, call.x_t, call.t, call.cond, len(call.x_t) if rows is None else rows)
 
 
 def _in_one_pass(calls: Sequence[_Call], num_samples: int) -> list[Prediction] | None:

@@ -4,8 +4,11 @@ Weights, adapters, gradients and optimiser are counted on the meta device; activ
 turn and its backward pass run on fake tensors of the CPU (see `models.weightless`). Everything else of the step is real: method,
 micro-batch, random draws, autocast. For a GPU the operations that its autocast runs in float32 do so here, too.
 
-Not in a plan: the text encoders and, on a GPU, the autoencoder, which leave before the first step; images decoded for samples and
-evaluations; and what kernels and the allocator keep for themselves.
+Between steps, where images are made for samples and validation, there are a pass without gradient, the autoencoder with what it
+decodes, and the average's weights in place of the student's; of a step nothing is left then.
+
+Not in a plan: the text encoders, which leave before the first step and are back while validation asks them; and what kernels and the
+allocator keep for themselves.
 """
 
 from __future__ import annotations
@@ -23,16 +26,23 @@ from torch.utils._pytree import tree_map_only
 
 from diffdistill.config import RunConfig, StageConfig
 from diffdistill.distillers.base import Batch, Distiller, PairBatch, Rng, TrajectoryBatch, Turn
+from diffdistill.math import grids
 from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, nbytes, network_row, without_a_gpu
 from diffdistill.models.attention import Attention
+from diffdistill.models.codec import Codec
 from diffdistill.models.compute import lower_frozen
 from diffdistill.models.condition import Condition
 from diffdistill.models.loading import Teacher
+from diffdistill.models.parts import InParts
 from diffdistill.models.quantize import rounding_saves
 from diffdistill.models.roles import Roles
 from diffdistill.models.weightless import as_fakes
+from diffdistill.sampling.noise import Noise
+from diffdistill.sampling.sampler import Sampler
 from diffdistill.training.building import build_distiller, build_run_roles, frozen_roles, open_teacher
 from diffdistill.training.data_feed import micro_batch_size
+
+IMAGES = "images"  # beside the turns of a step: what making images takes
 
 
 def plan_memory(
@@ -44,7 +54,7 @@ def plan_memory(
         config: of the run.
         device_type: of the device that it will run on, "cpu" or "cuda"; none is touched.
         teacher: on the meta device, changed in place; None to open the config's.
-        activations: by stage, bytes by turn, where they are known (`plan_activations`); None to find them, which takes a step of every
+        activations: by stage, bytes by turn and of making images, where they are known (`plan_activations`); None to find them, which takes a step of every
             stage.
     """
     teacher = open_teacher(config, "meta") if teacher is None else teacher
@@ -64,7 +74,7 @@ def plan_memory(
 
 
 def plan_activations(config: RunConfig, device_type: str, teacher: Teacher | None = None) -> list[dict[str, int]]:
-    """Return, for each stage, turn -> bytes of activations; the arguments are those of `plan_memory`."""
+    """Return, for each stage, turn (or `IMAGES`) -> bytes of activations; the arguments are those of `plan_memory`."""
     teacher = open_teacher(config, "meta") if teacher is None else teacher
     with torch.device("meta"):
         roles = build_run_roles(config, teacher)
@@ -88,13 +98,15 @@ def _kept(
 def _stage_plan(
     index: int, stage: StageConfig, rows: list[MemoryRow], roles: Roles, activations: Mapping[str, int]
 ) -> MemoryPlan:
-    """Put together what is kept and what the turns of the stage add."""
+    """Put together what is kept and what the turns of the stage, and making images, add."""
     gradients = {row.role: row.gradient_bytes for row in rows}
     _, due = _busiest_step(stage, build_distiller(stage, roles))
     turns = tuple(
         TurnMemory(turn.name, turn.trains, sum(gradients[role] for role in turn.trains), activations[turn.name]) for turn in due
     )
     own = {turn.trains[0]: turn.activation_bytes for turn in turns}
+    if IMAGES in activations:
+        turns = (*turns, TurnMemory(IMAGES, (), 0, activations[IMAGES]))
     return MemoryPlan(index, tuple(replace(row, activation_bytes=own.get(row.role, 0)) for row in rows), turns)
 
 
@@ -109,7 +121,25 @@ def _busiest_step(stage: StageConfig, distiller: Distiller) -> tuple[int, tuple[
 
 def _all_activations(config: RunConfig, device_type: str, teacher: Teacher, roles: Roles) -> list[dict[str, int]]:
     fakes = as_fakes(roles, roles.networks.values())
-    return [_activations(config, stage, device_type, teacher, fakes) for stage in config.stages]
+    images = (
+        {} if config.samples is None and config.validation is None else {IMAGES: _images(config, device_type, teacher, fakes)}
+    )
+    return [_activations(config, stage, device_type, teacher, fakes) | images for stage in config.stages]
+
+
+def _images(config: RunConfig, device_type: str, teacher: Teacher, roles: Roles) -> int:
+    """Return the bytes of making images: a pass under guidance and what is decoded at once, beside the autoencoder and the average."""
+    rows = config.sampling_batch_size or _size(config)
+    denoiser, vae = InParts(roles.teacher, rows), teacher.codec.vae
+    sampler = Sampler(grids.trailing(denoiser.schedule, 1), guidance=teacher.guidance)
+    codec = Codec() if vae is None else Codec(as_fakes(vae, [vae]))
+    cond = empty_batch(teacher, rows, images=False).cond
+    with LiveBytes() as live, torch.no_grad():
+        codec.decode(sampler.sample(denoiser, Noise(range(rows)), cond))
+    brought = 0 if vae is None or device_type == "cpu" else network_row("autoencoder", vae).weights_bytes
+    student = [] if config.ema is None else roles.parameters("student")
+    exchanged = sum(nbytes([tensor, tensor.float()]) for tensor in student)  # its weights wait aside for a copy of the average
+    return live.peak + brought + exchanged
 
 
 def _activations(config: RunConfig, stage: StageConfig, device_type: str, teacher: Teacher, roles: Roles) -> dict[str, int]:

@@ -22,6 +22,7 @@ from diffdistill.models.condition import Condition
 from diffdistill.models.conditioning import Asked
 from diffdistill.models.denoiser import Denoiser, View
 from diffdistill.models.loading import Teacher
+from diffdistill.models.parts import InParts
 from diffdistill.models.roles import Roles
 from diffdistill.processes import ALONE, Processes
 from diffdistill.sampling.generate import Generate, image_generator
@@ -61,32 +62,35 @@ class Preview:
         num: images.
         seed: of the run.
         asked: labels or prompts, one for each image.
+        rows: most rows of a pass of a network, and most images decoded at once.
         asked_to_stop: looked at before each pass of a network; where it says so, sampling ends in `Interrupted`.
     """
 
     def __init__(
-        self, teacher: Teacher, num: int, seed: int, asked: Asked, asked_to_stop: Callable[[], bool] = lambda: False
+        self, teacher: Teacher, num: int, seed: int, asked: Asked, rows: int, asked_to_stop: Callable[[], bool] = lambda: False
     ) -> None:
-        self.teacher, self.seed, self.asked, self._asked_to_stop = teacher, seed, asked, asked_to_stop
+        self.teacher, self.seed, self.asked, self.rows, self._asked_to_stop = teacher, seed, asked, rows, asked_to_stop
         self.seeds = [derive_seed(seed, "preview", k) for k in range(num)]
         self.labels = asked if isinstance(asked, Tensor) else None
         self._cond = teacher.condition(asked, num)  # kept: text encoders are released after it
 
     @functools.cached_property
     def teacher_images(self) -> Tensor:
-        """The teacher's images, DDIM with its usual guidance; (N, C, H, W) in [-1, 1], made once."""
+        """The teacher's images, DDIM with its usual guidance; (N, C, H, W) in [-1, 1] in the memory of the CPU, made once."""
         sampler = Sampler(grids.trailing(self.teacher.denoiser.schedule, TEACHER_STEPS), guidance=self.teacher.guidance)
         return self._images(self.teacher.denoiser, sampler)
 
     def student_images(self, roles: Roles, sampler: Sampler) -> Tensor:
-        """Return the student's images, (N, C, H, W) in [-1, 1]; raises Diverged when they are not finite."""
+        """Return the student's images, (N, C, H, W) in [-1, 1] in the memory of the CPU; raises Diverged when they are not finite."""
         return _finite(self._images(roles["student"], sampler))
 
     @torch.no_grad()
     def _images(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
-        stoppable = Stoppable(denoiser, self._asked_to_stop)
-        states = sampler.sample(stoppable, Noise(self.seeds, self.teacher.device), self._cond)
-        return self.teacher.codec.decode(states).clamp(-1, 1)
+        states = sampler.sample(self._asked_in_parts(denoiser), Noise(self.seeds, self.teacher.device), self._cond)
+        return torch.cat([self.teacher.codec.decode(part).clamp(-1, 1).cpu() for part in states.split(self.rows)])
+
+    def _asked_in_parts(self, denoiser: Denoiser) -> Denoiser:
+        return InParts(Stoppable(denoiser, self._asked_to_stop), self.rows)
 
     def figures(self, images: Tensor) -> dict[str, float]:
         """Return the drift figures of the student's images and of the teacher's, as "drift/name" and "drift/name_teacher"."""
@@ -98,11 +102,10 @@ class Preview:
     @torch.no_grad()
     def fake_lag(self, roles: Roles, sampler: Sampler) -> float:
         """Return `drift.fake_lag` on the student's own outputs, not its average's: it is the student the fake follows."""
-        cond = self._cond
-        states, _ = sampler.trajectory(roles["student"], Noise(self.seeds, self.teacher.device), cond)
-        return drift.fake_lag(
-            roles["fake"], roles.teacher, [state.x0 for state in states], cond, keyed_generator(self.seed, "lag")
-        )
+        student, fake, teacher = map(self._asked_in_parts, (roles["student"], roles["fake"], roles.teacher))
+        states, _ = sampler.trajectory(student, Noise(self.seeds, self.teacher.device), self._cond)
+        samples = [state.x0 for state in states]
+        return drift.fake_lag(fake, teacher, samples, self._cond, keyed_generator(self.seed, "lag"))
 
     def grid(self, images: Tensor) -> Tensor:
         """Return a uint8 picture (C, H, W): a row of the teacher's images above a row of the student's, and so on."""
@@ -157,6 +160,7 @@ class Validation:
     Args:
         protocol: a name or a YAML file.
         steps: student step counts to score.
+        rows: as in `Preview`.
         folder: where processes put together what they have made.
         processes: make equal shares of the images; where they say that they are asked to stop, scoring ends in `Interrupted`.
         in_step: whether all must make the same passes. Each makes all images then, where these cannot be shared out evenly.
@@ -167,6 +171,7 @@ class Validation:
         teacher: Teacher,
         protocol: str,
         steps: tuple[int, ...],
+        rows: int,
         folder: Path,
         processes: Processes = ALONE,
         in_step: bool = False,
@@ -175,7 +180,8 @@ class Validation:
         from diffdistill.evaluation.reference import references_folder
         from diffdistill.evaluation.views import open_views
 
-        self.teacher, self.steps, self.folder, self._asked_to_stop = teacher, steps, folder, processes.asked_to_stop
+        self.teacher, self.steps, self.rows, self.folder = teacher, steps, rows, folder
+        self._asked_to_stop = processes.asked_to_stop
         self.protocol = load_protocol(protocol).pinned()
         self.views = open_views(self.protocol, cache=references_folder())
         prompts = self.protocol.num_images // self.protocol.images_per_prompt
@@ -196,13 +202,15 @@ class Validation:
         shared = self._processes.count > 1
 
         found: dict[str, float] = {}
+        student = InParts(Stoppable(roles["student"], self._asked_to_stop), self.rows)
         for count in self.steps:
             sampler = distiller.sampler(count)
             result = evaluate(
-                finite_generator(self.teacher, Stoppable(roles["student"], self._asked_to_stop), sampler),
+                finite_generator(self.teacher, student, sampler),
                 self.protocol,
                 nfe=sampler.nfe,
                 num_steps=count,
+                batch_size=self.rows,
                 views=self.views,
                 keeping=Keeping(self.folder / layout.validation_parts(step, count)) if shared else None,
                 processes=self._processes,

@@ -242,15 +242,22 @@ class _Run:
         if self.spec is not None and self.spec.path is not None:
             self.trajectories = self.stored.trajectories(self.spec, self.folder.trajectories)
         samples, validation = config.samples, config.validation
+        rows = config.sampling_batch_size or self.size
         self.preview = None
         if samples is not None and (self.is_main or self.split):  # a split network is called by all processes
             asked = asked_in_samples(config, self.teacher, samples.num)
-            self.preview = Preview(self.teacher, samples.num, config.seed, asked, self.looking.asked_to_stop)
+            self.preview = Preview(self.teacher, samples.num, config.seed, asked, rows, self.looking.asked_to_stop)
         self.validation = None
         if validation is not None:
             with self.accelerator.main_process_first():  # which may have to measure the real images, and keeps what it found
                 self.validation = Validation(
-                    self.teacher, validation.protocol, validation.steps, self.folder.path, self.looking, in_step=self.split
+                    self.teacher,
+                    validation.protocol,
+                    validation.steps,
+                    rows,
+                    self.folder.path,
+                    self.looking,
+                    in_step=self.split,
                 )
         self.teacher.put_aside()  # the preview had its prompts encoded
 

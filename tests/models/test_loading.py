@@ -106,7 +106,7 @@ def test_the_autoencoder_waits_on_the_cpu_and_works_where_the_images_are():
 
         def __init__(self):
             super().__init__()
-            self.places = []
+            self.places, self.device = [], torch.device("cpu")
 
         def to(self, device):
             self.places.append(torch.device(device).type)

@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.config import RunConfig
-from diffdistill.memory import MemoryPlan
+from diffdistill.memory import LiveBytes, MemoryPlan
 from diffdistill.models.loading import load_teacher
-from diffdistill.training.building import open_stage, open_teacher
-from diffdistill.training.planning import _autocast, _backward, _rules, plan_memory
+from diffdistill.models.weightless import as_fakes
+from diffdistill.training.building import build_run_roles, open_stage, open_teacher
+from diffdistill.training.planning import _autocast, _backward, _images, _rules, plan_memory
 
 DMD2 = {"name": "dmd2", "student_steps": 2, "guidance": 3.0, "student_every": 1}
 COPIES = {"layout": "copies"}
@@ -93,6 +94,26 @@ def test_the_autoencoder_has_a_row(pipelines, shared_plan):
     rows = {row.role: row for row in shared_plan.rows}
     vae = load_teacher(pipelines / "pixart").codec.vae
     assert rows["autoencoder"].weights_bytes == sum(4 * tensor.numel() for tensor in (*vae.parameters(), *vae.buffers()))
+
+
+def test_images_are_planned_with_the_rows_of_a_pass_their_decoding_and_the_average(pipelines, shared_plan):
+    def needed(device_type="cpu", **changes):
+        settings = run(pipelines, "pixart", SHARED, **changes)
+        teacher = open_teacher(settings, "meta")
+        with torch.device("meta"):
+            roles = build_run_roles(settings, teacher)
+        return _images(settings, device_type, teacher, as_fakes(roles, roles.networks.values()))
+
+    few = needed(sampling_batch_size=4)
+    usual = next(turn.bytes for turn in shared_plan.turns if turn.name == "images")
+    assert usual == pytest.approx(4 * few, rel=0.05)  # a micro-batch has 16 samples
+    teacher = load_teacher(pipelines / "pixart", size=32)
+    with LiveBytes() as live, torch.no_grad():
+        teacher.codec.decode(torch.zeros(4, *teacher.denoiser.sample_shape))
+    assert live.peak <= few <= 1.2 * live.peak
+    rows = {row.role: row for row in shared_plan.rows}
+    assert needed(sampling_batch_size=4, ema={"decay": 0.9}) == few + 2 * rows["student"].adapter_bytes
+    assert needed("cuda", sampling_batch_size=4) == few + rows["autoencoder"].weights_bytes
 
 
 @pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])

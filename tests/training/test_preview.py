@@ -3,6 +3,7 @@
 import collections
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,17 @@ from thread_processes import in_threads
 from tiny_runs import run_config, save_teacher, small_protocol
 
 from diffdistill import files
+from diffdistill.math import grids
 from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import RectifiedFlowSchedule
+from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.loading import load_teacher
+from diffdistill.models.roles import build_roles
 from diffdistill.processes import ALONE
-from diffdistill.training import checkpoint, drift, preview
+from diffdistill.sampling.sampler import Sampler
+from diffdistill.training import checkpoint, drift, preview, run
 from diffdistill.training.building import build_distiller, build_run_roles, open_teacher
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
@@ -90,7 +96,7 @@ def test_processes_share_the_images_of_a_validation_and_all_get_the_scores_of_on
         own, distiller = roles[processes.index], build_distiller(config.stages[0], roles[processes.index])
         with opening:
             validation = preview.Validation(
-                teachers[processes.index], protocol, (2, 1), tmp_path, stopping_together(processes), in_step
+                teachers[processes.index], protocol, (2, 1), 16, tmp_path, stopping_together(processes), in_step
             )
         return threading.get_ident(), validation.scores(own, distiller, 7)
 
@@ -103,6 +109,86 @@ def test_processes_share_the_images_of_a_validation_and_all_get_the_scores_of_on
         assert found == pytest.approx(alone, rel=1e-5)  # float32 features of other blocks of images
     assert shared[0][1] == shared[1][1]
     assert not list(tmp_path.glob(".validation*"))
+
+
+@pytest.fixture(scope="module")
+def latent():
+    """The digits DiT, whose images are decoded, with adapters that answer otherwise than it does."""
+    teacher = load_teacher("digits-dit")
+    roles = build_roles(teacher.denoiser, ("student", "fake"), "shared", LoraSpec(rank=2, targets="attention"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (*roles.parameters("student"), *roles.parameters("fake")):
+            parameter.normal_(0, 0.1, generator=generator)
+    return teacher, roles
+
+
+def largest_batches(teacher, look):
+    """Return what `look` does, and the most rows that network and decoder saw meanwhile."""
+    seen = {teacher.network: 0, teacher.codec.vae.decoder: 0}
+
+    def note(module, args, kwargs):
+        seen[module] = max(seen[module], len(args[0] if args else kwargs["hidden_states"]))
+
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in seen]
+    found = look()
+    for hook in hooks:
+        hook.remove()
+    return found, list(seen.values())
+
+
+def test_pictures_and_lag_do_not_depend_on_the_rows_of_a_pass(latent, monkeypatch):
+    monkeypatch.setattr(preview, "TEACHER_STEPS", 5)
+    teacher, roles = latent
+    teacher = replace(teacher, guidance=2.0)
+    sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 2), "renoise")
+
+    def look(rows):
+        looking = preview.Preview(teacher, 7, 0, teacher.examples(7), rows)
+        images = looking.student_images(roles, sampler)
+        return looking.teacher_images, images, looking.fake_lag(roles, sampler)
+
+    (teachers, students, lag), largest = largest_batches(teacher, lambda: look(3))
+    assert largest == [3, 3]
+    (all_teachers, all_students, one_lag), largest = largest_batches(teacher, lambda: look(100))
+    assert largest == [14, 7]  # two rows an image under the teacher's guidance
+    torch.testing.assert_close(teachers, all_teachers, atol=1e-5, rtol=0)
+    torch.testing.assert_close(students, all_students, atol=1e-5, rtol=0)
+    assert lag == pytest.approx(one_lag, rel=1e-5) and not torch.equal(teachers, students)
+
+
+def test_scores_do_not_depend_on_the_rows_of_a_pass(latent, tmp_path):
+    teacher, roles = latent
+    protocol = small_protocol(tmp_path / "tiny.yaml", 100)
+
+    class Method:
+        def sampler(self, count):
+            return Sampler(grids.trailing(teacher.denoiser.schedule, count), "renoise", guidance=2.0)
+
+    def scores(rows):
+        validation = preview.Validation(teacher, str(protocol), (1,), rows, tmp_path)
+        return largest_batches(teacher, lambda: validation.scores(roles, Method(), 0))
+
+    (few, largest), (many, at_once) = scores(16), scores(100)
+    assert largest == [16, 16] and at_once == [100, 100]
+    assert few == pytest.approx(many, rel=1e-3)
+
+
+@pytest.mark.parametrize(("settings", "rows"), [({}, 4), ({"sampling_batch_size": 3}, 3)])
+def test_a_run_looks_at_its_student_in_passes_of_a_micro_batch_or_as_many_rows_as_it_says(
+    tmp_path, monkeypatch, settings, rows
+):
+    seen = []
+    for true in (preview.Preview, preview.Validation):
+        monkeypatch.setattr(
+            run, true.__name__, lambda *args, true=true, **options: seen.append(true(*args, **options)) or seen[-1]
+        )
+    samples = {"every_steps": 1, "num": 6}
+    looks = {"samples": samples, "validation": {"every_steps": 5, "steps": [1], "protocol": "digits-short"}}
+    config = run_config(save_teacher(tmp_path / "t"), tmp_path / "run", steps=1, **looks, **settings)
+    monkeypatch.setattr(preview.Validation, "scores", lambda *args: {})
+    train(config, progress=False)
+    assert [each.rows for each in seen] == [rows, rows]
 
 
 def test_the_checkpoint_of_lowest_fid_is_kept_and_loaded_as_best(tmp_path, monkeypatch):
