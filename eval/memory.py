@@ -41,10 +41,10 @@ from diffdistill.models.loading import Teacher
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.roles import Layout, Roles, build_roles
 from diffdistill.models.weightless import as_fakes, on_meta
-from diffdistill.training.building import build_accelerator, build_distiller, build_run_roles
+from diffdistill.training.building import build_accelerator, build_distiller, build_run_roles, open_teacher
 from diffdistill.training.engine import Engine, Guard
 from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer
-from diffdistill.training.planning import empty_batch, plan_memory, turn_activations
+from diffdistill.training.planning import IMAGES, empty_batch, plan_memory, turn_activations
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,8 +173,30 @@ def against_finetuning(name: str, plan: MemoryPlan) -> str:
     """Return a recipe's row of the table of plain fine-tuning."""
     model = model_of(name)
     teacher = teacher_of(model, on_meta(model.build, torch.bfloat16), model.state)
-    plain = finetuning_plan(load_config(recipes.recipe_path(name)), "cuda", teacher).peak.bytes
-    return f"| {name} | {plain / GIB:.2f} GiB | {plan.peak.bytes / GIB:.2f} GiB | {plan.peak.bytes / plain:.3f} |"
+    config = load_config(recipes.recipe_path(name))
+    plain, full = finetuning_plan(config, "cuda", teacher).peak.bytes, plan.peak.bytes
+    size = config.micro_batch_size or config.batch_size
+    return f"| {name} | | {size} | {plain / GIB:.2f} GiB | {full / GIB:.2f} GiB | {full / plain:.3f} | | |"
+
+
+def embedded_row(name: str, teacher: str) -> str:
+    """Return a row of the same table for an embedded teacher on a CPU, also with all rows at once and with a quarter."""
+
+    def peak(*overrides: str) -> int:
+        config = load_config(recipes.recipe_path(name), [f"teacher={teacher}", "samples=null", *overrides])
+        plan = plan_memory(config, "cpu")
+        return plan.peak.bytes - sum(row.weights_bytes for row in plan.rows if row.role == "autoencoder")
+
+    config = load_config(recipes.recipe_path(name), [f"teacher={teacher}"])
+    size = config.micro_batch_size or config.batch_size
+    plain = finetuning_plan(config, "cpu", open_teacher(config, "meta")).peak.bytes
+    usual, at_once, quarter = (
+        peak(*rows) for rows in ((), (f"roles.rows_at_once={3 * size}",), (f"roles.rows_at_once={size // 4}",))
+    )
+    return (
+        f"| {name} | {teacher} | {size} | {plain / 2**20:.1f} MiB | {usual / 2**20:.1f} MiB | {usual / plain:.3f} "
+        f"| {at_once / plain:.3f} | {quarter / plain:.3f} |"
+    )
 
 
 def header(plan: MemoryPlan) -> str:
@@ -368,16 +390,16 @@ STEPS = """## A step of each recipe
 
 What a step holds at its peak on one GPU, as `diffdistill check` plans it before anything is loaded: all that is kept, and gradients and
 activations of the turn that needs most. The autocast of a GPU, which runs norms in float32, is followed on the CPU. Not counted: what
-kernels and the allocator keep for themselves, text encoders and autoencoder, which are put aside before the first step, and images
-decoded for samples.
+kernels and the allocator keep for themselves, and text encoders, which are put aside before the first step. "images" is what making images
+adds for samples and validation, between steps: a pass without gradient, the autoencoder, as many images decoded as a micro-batch has samples
+(`sampling_batch_size`), and the exchange of the student for its average.
 
-| recipe | micro-batch | turn | weights | adapters | optimizer | gradients | activations | peak |
-|---|---|---|---|---|---|---|---|---|"""
+| recipe | micro-batch | turn | weights | adapters | optimizer | gradients | activations | peak | images |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 SMALLER_HEAD = """## Smaller GPUs
 
-The same plans for less memory. A part of what is left goes to kernels and the allocator (up to 2 % in the measurements below) and to
-decoded samples.
+The same plans for less memory. A part of what is left goes to kernels and the allocator (up to 2 % in the measurements below).
 
 | recipe | GPU | settings | peak | |
 |---|---|---|---|---|"""
@@ -385,13 +407,25 @@ decoded samples.
 PLAIN_HEAD = """## Against plain fine-tuning
 
 Plain LoRA fine-tuning of the same backbone by the plan: one adapter, its optimiser and average, a denoising loss, all other settings the
-recipe's. DMD2 has the fake network's adapter and its moments besides, and for a while teacher and fake network beside the student's graph;
-`roles.rows_at_once` makes that part small. On the embedded teachers, with their recipes and a quarter of the batch at once, DMD2 needs 1.07
-(`digits-unet`), 1.06 (`digits-dit`), 1.11 (`shapes-sd`) and 1.02 (`shapes-pixart`) of plain fine-tuning, against 1.20, 1.13, 1.26 and 1.15 all at
-once; there the plan equals to the byte what a step on tensors of the CPU had alive (`tests/training/test_plain_finetuning.py`).
+recipe's. DMD2 has the fake network's adapter and its moments besides, and for a while the passes of teacher and fake network, without gradient,
+beside the student's graph. At that peak nothing else of the step is left: the graph is that of plain fine-tuning, and what is more is the two
+parts named. `roles.rows_at_once` makes the second small. By default a pass there has at most half of a micro-batch's rows, in place of two
+rows a sample under guidance; micro-batches of up to 16 samples, whose passes cost much beside their arithmetic (docs/one_batch.md), go at once.
 
-| recipe | plain | DMD2 | DMD2 / plain |
-|---|---|---|---|"""
+| recipe | teacher | micro-batch | plain | DMD2 | DMD2 / plain | all rows at once | a quarter at once |
+|---|---|---|---|---|---|---|---|"""
+
+EMBEDDED = (  # recipe, its teacher
+    ("digits-dmd2-lora", "digits-unet"),
+    ("digits-dmd2-lora", "digits-dit"),
+    ("shapes/dmd2-4", "shapes-sd"),
+    ("shapes/pixart-dmd2-4", "shapes-pixart"),
+)
+
+EMBEDDED_NOTE = """
+The embedded teachers run on a CPU, in float32, and their activations are most of it. Their autoencoders are in no number. The plan
+of `digits-dmd2-lora` equals to the byte what a step on tensors of the CPU had alive (`tests/training/test_plain_finetuning.py`).
+"""
 
 SETTINGS = """## Settings that need less
 
@@ -406,6 +440,7 @@ layout never change. Where nothing fits, the run does not start, and the smalles
 | `optimizers.ROLE.name: adamw8bit` (torchao), `adamw8bit_bnb` (bitsandbytes) | one synchronisation a turn | moments are rounded to 8 bits: 2.03 bytes a value in place of 8; within 2 % of AdamW's way on a quadratic. A second moment below 1e-7 of the largest in its block of 256 is lost |
 | `ema.offload: true` | little: the average takes in the weights of the step before while the GPU works | rounding of the CPU's kernels |
 | `roles.rows_at_once: N` (distribution matching, shared layout) | more passes of fewer rows | rounding |
+| `sampling_batch_size: N` (not picked: images need less than a step) | time between steps | rounding of what is shown and scored |
 | `micro_batch_size: N` | fewer samples at once | every random draw |
 | `roles.activation_checkpointing: true` | one more forward pass of what is trained | nothing |
 | `optimizers.ROLE.offload: true` | gradients and weights over the bus, the update on the CPU | rounding of the CPU's kernels; moments, a copy of the weights and gradients lie in the memory of the CPU |
@@ -455,6 +490,7 @@ def step_row(name: str, plan: MemoryPlan) -> str:
         peak.gradient_bytes,
         peak.activation_bytes,
         peak.bytes,
+        next((turn.bytes for turn in plan.turns if turn.name == IMAGES), 0),
     ]
     cells = [name, str(config.micro_batch_size), plan.heaviest.name, *(f"{amount / GIB:.2f} GiB" for amount in amounts)]
     return f"| {' | '.join(cells)} |"
@@ -506,6 +542,7 @@ def main() -> None:
             write_header(name, plan)
     smaller = smaller_rows()
     plain = [against_finetuning(name, plans[name]) for name in recipe_names() if name.endswith("-dmd2-lora")]
+    plain += [embedded_row(*each) for each in EMBEDDED]
     print(*plain, sep="\n", flush=True)
     if only_plan:
         return
@@ -531,7 +568,7 @@ def main() -> None:
         "",
         PLAIN_HEAD,
         *plain,
-        "",
+        EMBEDDED_NOTE,
         SETTINGS,
         measured_note,
         *gpu_rows(),

@@ -175,7 +175,7 @@ class RolesConfig(_Frozen):
         None,
         ge=1,
         description="shared layout: most rows of a pass in which distribution matching asks teacher (two rows a sample under guidance) and fake network "
-        "beside the student's graph; fewer need less memory; null for all at once",
+        "beside the student's graph; fewer need less memory; null for half of a micro-batch, of one of up to 16 samples for all",
     )
     activation_checkpointing: bool = Field(
         False,

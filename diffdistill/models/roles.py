@@ -264,7 +264,7 @@ def build_roles(
         extra_inputs: further inputs of the roles' networks, see `extras`; the teacher has none.
         guidance_adapters: trained in place of whole networks or LoRA, see `guidance_adapters`; the teacher's are muted.
         one_batch_up_to: most samples for which roles of one network, the teacher too, may be asked as one batch, see `together`.
-        rows_at_once: most rows of a pass that asks two of them without gradient, see `together`; None for any number.
+        rows_at_once: most rows of a pass that asks two of them without gradient, see `together`; None for the usual ones.
     Raises:
         UserError: the layout asks for what is not there (shared without lora, a network that holds adapters already, LoRA
             targets that match nothing, a teacher without network and no template).

@@ -20,6 +20,8 @@ from diffdistill.models.denoiser import Denoiser, OfNetwork
 from diffdistill.models.guidance import Guided
 from diffdistill.models.parts import predict_in_parts
 
+SMALL_BATCH = 16  # samples up to which a pass costs much beside its arithmetic, see docs/one_batch.md
+
 
 @torch.no_grad()
 def predict_both(first: Denoiser, second: Denoiser, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Prediction]:
@@ -27,7 +29,8 @@ def predict_both(first: Denoiser, second: Denoiser, x_t: Tensor, t: Tensor, cond
 
     It is where they, or the denoisers they guide, are roles of one network built with `one_batch_up_to` at least B, and each
     layer with adapters has one row per sample. The numbers are those of two passes up to rounding. No pass has more rows than
-    the roles' `rows_at_once`, since its activations lie beside whatever graph is alive.
+    the roles' `rows_at_once`, since its activations lie beside whatever graph is alive; where roles of one network have none, and
+    the batch is not small, than half of the batch.
 
     Args:
         first, second: two denoisers, each guided or not.
@@ -38,7 +41,8 @@ def predict_both(first: Denoiser, second: Denoiser, x_t: Tensor, t: Tensor, cond
     calls = [_call(denoiser, x_t, t, cond) for denoiser in (first, second)]
     said = _in_one_pass(calls, len(x_t))
     if said is None:
-        said = [_in_parts(call) for call in calls]
+        rows = _rows_at_once(calls, len(x_t))
+        said = [predict_in_parts(call.denoiser, call.x_t, call.t, call.cond, rows) for call in calls]
     one, other = (call.answer(prediction) for call, prediction in zip(calls, said, strict=True))
     return one, other
 
@@ -59,17 +63,35 @@ def _call(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition) -> _Call:
     return _Call(denoiser, x_t, t, cond, lambda prediction: prediction)
 
 
-def _in_parts(call: _Call) -> Prediction:
-    """Return what a denoiser says, asked about as many rows at a time as its role allows."""
-    role = call.denoiser.role if isinstance(call.denoiser, OfNetwork) else None
-    rows = role.rows_at_once if isinstance(role, InRole) else None
-    return predict_in_parts(call.denoiser, call.x_t, call.t, call.cond, len(call.x_t) if rows is None else rows)
+def _roles(calls: Sequence[_Call]) -> list[InRole]:
+    """Return the roles of those that are seen in one."""
+    return [
+        call.denoiser.role for call in calls if isinstance(call.denoiser, OfNetwork) and isinstance(call.denoiser.role, InRole)
+    ]
+
+
+def _rows_at_once(calls: Sequence[_Call], num_samples: int) -> int:
+    """Return the most rows of a pass."""
+    roles, most = _roles(calls), max(len(call.x_t) for call in calls)
+    allowed = [role.rows_at_once for role in roles if role.rows_at_once is not None]
+    if not allowed and len(roles) == len(calls):
+        return usual_rows(num_samples)
+    return min([most, *allowed])
+
+
+def usual_rows(num_samples: int) -> int:
+    """Return the most rows of a pass where nothing is said: half of a batch that is not small, else all, two a sample under guidance.
+
+    A pass without gradient of half the rows adds half as much to the graph beside it, and takes about half the time where the arithmetic
+    is most of it.
+    """
+    return (num_samples + 1) // 2 if num_samples > SMALL_BATCH else 2 * num_samples
 
 
 def _in_one_pass(calls: Sequence[_Call], num_samples: int) -> list[Prediction] | None:
     """Return what each is told, from one batch of all their rows; None where that is not allowed or not possible."""
     asked = [call.denoiser for call in calls if isinstance(call.denoiser, OfNetwork)]
-    roles = [each.role for each in asked if isinstance(each.role, InRole) and num_samples <= each.role.one_batch_up_to]
+    roles = [role for role in _roles(calls) if num_samples <= role.one_batch_up_to]
     if len(roles) < len(calls):
         return None
     one = asked[0]

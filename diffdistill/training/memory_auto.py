@@ -33,6 +33,7 @@ from diffdistill.config.combinations import matches_in_shared_layout
 from diffdistill.errors import UserError
 from diffdistill.memory import MemoryPlan, readable
 from diffdistill.models.quantize import PACKAGES
+from diffdistill.models.together import usual_rows
 from diffdistill.training.data_feed import micro_batch_size
 from diffdistill.training.optimizers import EIGHT_BIT
 from diffdistill.training.planning import plan_activations, plan_memory
@@ -185,13 +186,12 @@ def average_on_cpu(config: RunConfig, device_type: str) -> Pick | None:
 
 
 def asked_in_parts(config: RunConfig, device_type: str) -> Pick | None:
-    """Return passes of half a micro-batch for teacher and fake network in distribution matching, which lie beside the student's graph."""
+    """Return passes of half the usual rows for teacher and fake network in distribution matching, which lie beside the student's graph."""
     size = config.micro_batch_size or config.batch_size
+    rows = max(1, min(size, usual_rows(size)) // 2)
     if config.roles.rows_at_once is not None or not matches_in_shared_layout(config):
         return None
-    return Pick(
-        (f"roles.rows_at_once={max(1, size // 2)}",), "the same up to rounding, in more passes of teacher and fake network"
-    )
+    return Pick((f"roles.rows_at_once={rows}",), "the same up to rounding, in more passes of teacher and fake network")
 
 
 def checkpointing(config: RunConfig, device_type: str) -> Pick | None:

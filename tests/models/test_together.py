@@ -200,3 +200,24 @@ def test_passes_of_few_rows_say_the_same(rows, limit):
     assert_same(said, alone(first, second, (x_t, t, cond)), **EXACT)
     assert max(seen) <= rows and sum(seen) == 3 * len(x_t)
     assert len(seen) == (1 if limit and rows == 100 else 2 if rows == 100 else len(seen))
+
+
+@pytest.mark.parametrize(
+    ("num", "rows_at_once", "expected"),
+    [(16, None, [32, 16]), (17, None, [9, 9, 9, 7, 9, 8]), (17, 51, [34, 17]), (17, 20, [20, 14, 17])],
+)
+def test_a_batch_that_is_not_small_goes_in_halves_unless_its_rows_are_named(num, rows_at_once, expected):
+    roles, (x_t, t, cond) = build(denoiser("unet"), limit=0, rows_at_once=rows_at_once), inputs()
+    batch = (x_t[:1].expand(num, -1, -1, -1), t[:1].expand(num), cond.select(torch.zeros(num, dtype=torch.int64)))
+    said, seen = both(guided(roles.teacher, 2.0), roles["fake"], batch)
+    assert seen == expected
+    assert_same(said, alone(guided(roles.teacher, 2.0), roles["fake"], batch))
+
+
+def test_networks_of_their_own_are_asked_at_once():
+    roles = build_roles(denoiser("unet"), ROLES, "copies", LORA, one_batch_up_to=16)
+    x_t, t, cond = inputs()
+    batch = (x_t[:1].expand(20, -1, -1, -1), t[:1].expand(20), cond.select(torch.zeros(20, dtype=torch.int64)))
+    with passes(roles["fake"].network) as seen:
+        predict_both(roles.teacher, roles["fake"], *batch)
+    assert seen == [20]

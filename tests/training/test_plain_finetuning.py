@@ -26,16 +26,19 @@ def settings(*overrides):
     return load_config(recipes.recipe_path("digits-dmd2-lora"), list(overrides))
 
 
-def test_dmd2_of_adapters_needs_at_most_1_15_of_plain_fine_tuning(planner):
-    config = settings("roles.rows_at_once=16")
+def test_dmd2_of_adapters_needs_at_most_1_15_of_plain_fine_tuning_by_default(planner):
+    config = settings("stages.0.method.guidance=3.0")
     plain = planner.finetuning_plan(config, "cpu", open_teacher(config, "meta")).peak.bytes
-    in_parts, at_once = (plan_memory(each, "cpu").peak.bytes for each in (config, settings()))
-    assert 1 < in_parts / plain <= 1.15
-    assert in_parts < 0.95 * at_once
+    usual, in_quarters, at_once = (
+        plan_memory(each, "cpu").peak.bytes
+        for each in (config, *(settings("stages.0.method.guidance=3.0", f"roles.rows_at_once={rows}") for rows in (16, 192)))
+    )
+    assert 1.05 < usual / plain <= 1.15
+    assert in_quarters < 0.97 * usual < 0.82 * at_once
 
 
 def test_the_plan_is_what_tensors_take(planner):
-    config = settings("roles.rows_at_once=16", "stages.0.method.fake_warmup_steps=0")
+    config = settings("stages.0.method.fake_warmup_steps=0")
     planned = {turn.name: turn.activation_bytes for turn in plan_memory(config, "cpu").turns if turn.trains}
     teacher = open_teacher(config, "cpu")
     roles, batch = build_run_roles(config, teacher), empty_batch(teacher, config.batch_size, images=False)
