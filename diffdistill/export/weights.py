@@ -192,6 +192,19 @@ def _write_lora_file(folder: Path, lora: _Lora, pipeline_class: str, component: 
     metadata = {**fields, "rank_pattern": {}, "alpha_pattern": {}}
     layers = {f"{component}_lora_layers": lora.state, f"{component}_lora_adapter_metadata": metadata}
     getattr(diffusers, pipeline_class).save_lora_weights(folder, **layers)
+    _sort_notes(folder / LORA_FILE)
+
+
+def _sort_notes(path: Path) -> None:
+    """Order the notes in the header of a safetensors file, which the library writes in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, "the same values take the same room in any order"
+        file.seek(8)
+        file.write(text)
 
 
 def _write_kohya(folder: Path, lora: _Lora, component: str) -> None:

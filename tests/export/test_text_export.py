@@ -27,6 +27,7 @@ from diffdistill.export.export import export
 from diffdistill.export.manifest import Manifest
 from diffdistill.export.plan import plan
 from diffdistill.export.verify import verify_all
+from diffdistill.export.weights import _sort_notes
 from diffdistill.files import sha256
 from diffdistill.math import grids
 from diffdistill.models.adapters import LoraSpec
@@ -342,3 +343,29 @@ def test_a_sana_sprint_student_of_one_step_may_have_any_rule(place, manifests):
         "prediction_type": "trigflow",
         "sigma_data": 0.5,
     }
+
+
+def test_an_export_is_the_same_to_the_byte(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        write("sd", "renoise", "lora", tmp_path, folder)
+    one, other = (
+        {path.relative_to(folder): sha256(path) for path in folder.rglob("*") if path.is_file()} for folder in folders
+    )
+    assert one == other and Path(FILE) in one
+
+
+def test_notes_of_a_file_are_in_the_order_of_their_names_and_nothing_else_changes(tmp_path):
+    notes = {f'note {k} of \u00fc "quoted"\n': str(k) for k in range(8)}  # which the library leaves so once in 40,320 times
+    state, written = {"b": torch.arange(3.0), "a": torch.ones(2, dtype=torch.bfloat16)}, []
+    for k in range(2):
+        save_file(state, tmp_path / FILE, metadata=dict(reversed(notes.items())) if k else notes)
+        _sort_notes(tmp_path / FILE)
+        written.append((tmp_path / FILE).read_bytes())
+    assert written[0] == written[1]
+    with safe_open(tmp_path / FILE, "pt") as file:
+        assert file.metadata() == notes
+    loaded = load_file(tmp_path / FILE)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+    at = [written[0].index(f"note {k}".encode()) for k in range(8)]
+    assert at == sorted(at)
