@@ -15,7 +15,7 @@ from diffdistill.files import write_atomic
 HEAD = f"""# Speed: what is spent above what must be
 
 `make bench` writes this page, of what `eval/bench/cpu.yaml` says, and `make bench-gpu` of `eval/bench/gpu.yaml`. `diffdistill bench --help` shows how
-to measure a part, other methods, settings or teachers, and `diffdistill bench --check` compares a new measurement with the one kept beside its definition.
+to measure a part, or further settings (`diffdistill bench compute.compile=blocks`), and `diffdistill bench --check` compares a new measurement with the one kept beside its definition.
 
 **The floor is counted.** Every call of a network in a step is written down: whose network, how many samples, and whether a backward pass came
 to it and what that was for. Backward into the inputs through a frozen network costs less than backward into its weights, and a network
