@@ -1,6 +1,7 @@
 """The bare pass is the pass that was done: same network, role, inputs and gradient; what it is for is told apart."""
 
 from dataclasses import replace
+from functools import partial
 
 import bench_cells
 import pytest
@@ -15,6 +16,7 @@ from diffdistill.bench.steps import footprint
 from diffdistill.bench.timing import processor_time
 from diffdistill.cli import main
 from diffdistill.errors import UserError
+from diffdistill.models.compute import compile_networks
 from diffdistill.models.heads import features
 
 
@@ -200,6 +202,16 @@ def test_a_cell_that_cannot_be_is_told_and_the_others_are_measured(small, monkey
     assert [(row.layout, row.reason) for row in found.refused] == [("shared", "not here")]
     with pytest.raises(UserError, match="agd shared 2 cannot be measured: not here"):
         bench(definition, definition.cells(methods=["agd"], layouts=["shared"]))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_measured_and_compiling_is_warm_up(small, monkeypatch):
+    """By dynamo alone, which is what could not be: the C++ compiler takes a minute more."""
+    monkeypatch.setattr("diffdistill.training.building.compile_networks", partial(compile_networks, backend="eager"))
+    definition = small.with_options(["steps"], 0.01)
+    found = bench(definition, definition.cells(methods=["lcm"], layouts=["copies"]), ["compute.compile=blocks"])
+    assert found.steps[0].warm_up_s > found.steps[0].step_ms / 1000
+    assert found.title.endswith(", compute.compile=blocks")
 
 
 def small_network():
