@@ -48,11 +48,11 @@ def cases(on_gpu: bool) -> list[Case]:
     if not on_gpu:
         unet, dit = Cell("digits-unet", "vsd", "copies", 16), Cell("digits-dit", "vsd", "shared", 16)
         return [
-            Case(unet, "compute.compile=blocks"),
             Case(unet, "compute.channels_last=true"),
             Case(unet, "compute.frozen=bf16"),
-            Case(dit, "compute.compile=blocks"),
             Case(dit, "compute.frozen=bf16"),
+            Case(unet, "compute.compile=blocks"),
+            Case(dit, "compute.compile=blocks"),
         ]
     shared, copies = Cell("sd15", "dmd2", "shared", 8), Cell("sd15", "vsd", "copies", 8)
     return [
