@@ -64,7 +64,7 @@ def jvp(
         value: F(x, t, ...) where it is known already, from the pass with gradient; finite differences then need one pass fewer.
         attention: entered around forward-mode passes only: a context in which attention has forward mode.
     Raises:
-        ValueError: unknown back-end, shapes that do not fit, a missing step or one that has no effect.
+        ValueError: unknown back-end, shapes that do not fit, a missing step or one that has no effect, inference mode.
     """
     points, directions = (x, t, *(time for time, _ in extra)), (vx, vt, *(tangent for _, tangent in extra))
     h = _checked(points, directions, backend, step)
@@ -176,6 +176,8 @@ def _checked(points: tuple[Tensor, ...], directions: tuple[Tensor, ...], backend
     """Return the steps, (B,), and refuse what does not fit; without a finite difference they are 0."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown back-end {backend!r} for forward-mode derivatives; known: {', '.join(BACKENDS)}.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch before 2.14 gives a wrong tangent in inference mode, without an error; use torch.no_grad().")
     if (step is None) is not (backend == "exact"):
         raise ValueError(f"the back-end {backend} {'takes no' if backend == 'exact' else 'needs a'} step; got step={step}.")
     for point, direction in zip(points, directions, strict=True):

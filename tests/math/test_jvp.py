@@ -206,6 +206,11 @@ def test_what_does_not_fit_is_refused(change: dict, message: str):
         jvp(**({"function": network, "x": X, "t": T, "vx": VX, "vt": VT} | change))
 
 
+def test_inference_mode_in_which_older_torch_loses_the_tangent_is_refused():
+    with torch.inference_mode(), pytest.raises(ValueError, match="use torch.no_grad"):
+        jvp(network, X, T, VX, VT)
+
+
 # The self-test --------------------------------------------------------------------------------------------------------------
 
 TABLE = torch.linspace(-1, 1, 1000, **F64)

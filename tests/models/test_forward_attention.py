@@ -147,8 +147,8 @@ def test_one_pass_with_one_exponential_and_no_product_too_many(moving: str, prod
     assert operations.counts["exp_"] == 2  # of the logits, and of the maximum's growth
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_tangents_are_seen_in_every_mode(mode: Callable[[], Any]):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_tangents_are_seen_with_and_without_a_graph(mode: Callable[[], Any]):
     primals, tangents = halves(draw(1, 2, 11, 13, 8))
     with mode():
         actual = torch.func.jvp(attention, primals, tangents)
