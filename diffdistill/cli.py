@@ -737,6 +737,14 @@ def _explain(error: BaseException) -> int:
             "settings would help.",
             MACHINE,
         )
+    if kind == "InductorError":
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        return _say(
+            f"failed: {str(error).strip().splitlines()[0]}\nWhat torch compiles is kept in {cache_dir()}, where a process that is killed "
+            "while it compiles leaves files cut off. Remove that folder and run the command again, or leave out compute.compile.",
+            MACHINE,
+        )
     return _say(
         f"failed: {kind}: {error}\nThis is a fault of the program, not of the input. Run the command again with "
         "--debug for the traceback, and report it.",

@@ -557,6 +557,18 @@ def test_doctor_finds_the_installation_whole(capsys):
         assert re.search(r"^compute.cuda_graphs +needs a GPU$", printed, re.MULTILINE)
 
 
+def test_compiled_files_that_a_kill_cut_off_are_told_with_their_folder(refused, monkeypatch, tmp_path):
+    from torch._inductor.exc import InductorError
+
+    def fail():
+        raise InductorError(OSError("/x.so: invalid ELF header"), None)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("diffdistill.doctor.doctor", fail)
+    said = refused("doctor", status=1)
+    assert "invalid ELF header" in said and f"kept in {tmp_path}" in said and "leave out compute.compile" in said
+
+
 def test_doctor_reports_a_damaged_asset(tmp_path, monkeypatch):
     from diffdistill import doctor
 
