@@ -408,7 +408,7 @@ PLAIN_HEAD = """## Against plain fine-tuning
 
 Plain LoRA fine-tuning of the same backbone by the plan: one adapter, its optimiser and average, a denoising loss, all other settings the
 recipe's. DMD2 has the fake network's adapter and its moments besides, and for a while the passes of teacher and fake network, without gradient,
-beside the student's graph. At that peak nothing else of the step is left: the graph is that of plain fine-tuning, and what is more is the two
+beside the student's graph. Of `digits-unet` nothing else is alive at that peak: the graph is that of plain fine-tuning, and what is more is the two
 parts named. `roles.rows_at_once` makes the second small. By default a pass there has at most half of a micro-batch's rows, in place of two
 rows a sample under guidance; micro-batches of up to 16 samples, whose passes cost much beside their arithmetic (docs/one_batch.md), go at once.
 
