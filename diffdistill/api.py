@@ -42,8 +42,6 @@ __all__ = [
     "verify",
 ]
 
-IMAGES_PER_CALL = 500
-
 Config = RunConfig | Mapping[str, Any] | str | Path
 
 
@@ -141,8 +139,8 @@ def sample(
     asked = _asked(opened, num, labels, prompts)
     sampler = opened.sampler(steps, guidance)
     generate, parts = opened.generator(sampler), []
-    for start in range(0, num, IMAGES_PER_CALL):
-        stop = min(num, start + IMAGES_PER_CALL)
+    for start in range(0, num, opened.images_at_once):
+        stop = min(num, start + opened.images_at_once)
         parts.append(generate(list(range(seed + start, seed + stop)), None if asked is None else asked[start:stop]))
     chosen = asked if isinstance(asked, torch.Tensor) else None
     return Samples(to_uint8(torch.cat(parts)), chosen, sampler.num_steps, sampler.nfe)

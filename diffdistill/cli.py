@@ -223,7 +223,7 @@ def evaluate(
     checkpoint: str | None = None,
     lora: Path | None = None,
     num_images: int | None = None,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     weights: str | None = None,
     save_images: Path | None = None,
     scores: Path | None = None,
@@ -248,7 +248,7 @@ def evaluate(
         checkpoint: of a run; the newest when left out.
         lora: of a pipeline: a file or folder that its load_lora_weights takes.
         num_images: another number of images than the protocol's; the numbers then compare with no others.
-        batch_size: images per call of the model.
+        batch_size: images per call of the model; by their size when left out, two of 1024 by 1024 and at most 500.
         weights: of the feature networks: those of `weights list` when left out; random:SEED for a test that measures nothing.
         save_images: folder for the images, as PNG files.
         scores: results of an external scorer.
@@ -301,7 +301,7 @@ def sweep(
     checkpoints: Words = (),
     guidance: float | None = None,
     num_images: int | None = None,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     weights: str | None = None,
     output: Output | None = None,
     json: Json = False,
@@ -316,7 +316,7 @@ def sweep(
         checkpoints: their names; all when left out.
         guidance: scale counted from 1; what the student is meant for when left out.
         num_images: another number of images than the protocol's; the numbers then compare with no others.
-        batch_size: images per call of the model.
+        batch_size: images per call of the model; by their size when left out, two of 1024 by 1024 and at most 500.
         weights: of the feature networks, as for eval.
         output: folder with a folder for each checkpoint; RUN/evaluations/PROTOCOL when left out.
     """

@@ -36,7 +36,7 @@ class Settings:
         metrics: those wanted of the protocol's; empty for all.
         num_images: another number of images than the protocol's, which makes another protocol; None for the protocol's.
         guidance: scale counted from 1; None for what the model is meant for.
-        batch_size: images per call of the model.
+        batch_size: images per call of the model; None for `Target.images_at_once`.
         weights: None for the store of weights, "random:SEED" for a test whose numbers mean nothing.
         output: folder of the results, and of the parts from which the same command goes on after a stop; None for neither.
         save_images: folder for the images as PNG files; None writes none.
@@ -47,11 +47,19 @@ class Settings:
     metrics: tuple[str, ...] = ()
     num_images: int | None = None
     guidance: float | None = None
-    batch_size: int = 500
+    batch_size: int | None = None
     weights: str | None = None
     output: Path | None = None
     save_images: Path | None = None
     attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1; got {self.batch_size}. Leave it out for the usual one.")
+
+    def images_at_once(self, opened: Target) -> int:
+        """Return how many images a model is asked for in one call."""
+        return opened.images_at_once if self.batch_size is None else self.batch_size
 
 
 def evaluate(
@@ -178,7 +186,7 @@ class _Scorer:
                 self._report(f"{opened.name}, {sampler.num_steps} steps"),
                 nfe=sampler.nfe,
                 num_steps=sampler.num_steps,
-                batch_size=self.settings.batch_size,
+                batch_size=self.settings.images_at_once(opened),
                 views=self.views,
                 keeping=self._keeping(name, {**opened.identity, "sampler": sampler.settings}),
                 processes=self.processes,
@@ -277,7 +285,7 @@ def take_pictures(
     opened, models = open_target(target, solver, checkpoint, lora, settings.attention), {}
     for evaluation in evaluations.values():
         sampler = opened.sampler(evaluation.cost.num_steps, settings.guidance)
-        show = pictures.generated(opened.generator(sampler), protocol, settings.batch_size)
+        show = pictures.generated(opened.generator(sampler), protocol, settings.images_at_once(opened))
         models[Result("", evaluation).steps] = pictures.Model(evaluation, show, opened.predictions(sampler))
     return pictures.take_pictures(models, protocol)
 

@@ -17,6 +17,7 @@ from diffdistill.export.manifest import LORA_FILE, MANIFEST, Manifest
 from diffdistill.files import sha256
 from diffdistill.math import grids
 from diffdistill.models.attention import Attention
+from diffdistill.models.codec import images_at_once
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser, OfNetwork
 from diffdistill.models.fingerprint import weights_fingerprint
@@ -163,6 +164,12 @@ class Target:
         """Return (seeds, labels or prompts) -> the clean images predicted at each step of the way to those of `generator`."""
         predict = prediction_generator(self.teacher, self.denoiser, sampler)
         return predict if self._takes_conditions else lambda seeds, asked: predict(seeds, None)
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images it is asked for in one call unless somebody says."""
+        _, height, width = self.teacher.image_shape
+        return images_at_once(height, width)
 
     @property
     def _takes_conditions(self) -> bool:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from diffdistill import api
 from diffdistill.errors import UserError
-from diffdistill.targets import StockSampler, open_target
+from diffdistill.models.codec import images_at_once
+from diffdistill.scoring import Settings
+from diffdistill.targets import StockSampler, Target, open_target
 
 SEEDS, CLASSES = [3, 1, 4], torch.tensor([0, 5, 9])
 
@@ -25,6 +28,37 @@ def test_watching_a_stock_scheduler_changes_no_image_and_gives_the_predictions_o
     for sampler, steps in ((ours, own), (stock, watched)):
         torch.testing.assert_close(target.generator(sampler)(SEEDS, CLASSES), steps[-1].images, atol=1e-5, rtol=0)
     assert (own[0].images - own[-1].images).abs().max() > 0.1  # there is something to see
+
+
+def test_large_images_are_made_a_few_at_a_time():
+    assert [images_at_once(edge, edge) for edge in (8, 64, 256, 512, 1024, 4096)] == [500, 500, 32, 8, 2, 1]
+
+
+def test_no_more_images_are_made_at_once_than_there_is_room_for_and_they_stay_the_same(monkeypatch):
+    rows, true = [], Target.generator
+
+    def generator(target, sampler):
+        generate = true(target, sampler)
+
+        def counted(seeds, asked):
+            rows.append(len(seeds))
+            return generate(seeds, asked)
+
+        return counted
+
+    monkeypatch.setattr(Target, "generator", generator)
+    whole = api.sample("digits-unet", steps=1, num=8).images
+    monkeypatch.setattr("diffdistill.models.codec.MOST_PIXELS", 3 * 8 * 8)
+    parts = api.sample("digits-unet", steps=1, num=8).images
+    assert rows == [8, 3, 3, 2]
+    assert (parts.int() - whole.int()).abs().max() <= 1  # rounded to bytes
+    scored = api.evaluate("digits-unet", "digits-short", steps=[1], num_images=40, metrics=("pixels",))
+    assert scored[1].cost.batch_size == 3 and max(rows) == 8
+
+
+def test_no_images_at_once_is_refused():
+    with pytest.raises(UserError, match="batch_size must be at least 1; got 0"):
+        Settings(batch_size=0)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,16 @@ from torch import Tensor
 
 from diffdistill.models.fingerprint import weights_fingerprint
 
+MOST_IMAGES, MOST_PIXELS = 500, 2**21
+
+
+def images_at_once(height: int, width: int) -> int:
+    """Return how many images are made or encoded at once where nobody says: two of 1024 by 1024, eight of 512 by 512, at most 500.
+
+    A GPU that holds the network has room for as many, and they keep it busy.
+    """
+    return max(1, min(MOST_IMAGES, MOST_PIXELS // (height * width)))
+
 
 @dataclass(frozen=True)
 class Codec:

@@ -14,12 +14,11 @@ from diffdistill.data.pairs import Pairs
 from diffdistill.data.trajectories import Trajectories
 from diffdistill.distillers.base import Batch, PairBatch, TrajectoryBatch
 from diffdistill.errors import UserError
+from diffdistill.models.codec import images_at_once
 from diffdistill.models.loading import Teacher
 from diffdistill.processes import ALONE, Processes
 from diffdistill.training.conditions import Conditions
 from diffdistill.training.text_data import text_source
-
-IMAGES_PER_PASS = 64
 
 
 def micro_batch_size(batch_size: int, asked: int | None, num_processes: int) -> int:
@@ -157,7 +156,9 @@ def build_source(config: RunConfig, teacher: Teacher, processes: Processes = ALO
             f"the images have {int(labels.max()) + 1} classes, the teacher {teacher.num_classes}. Use the "
             "teacher's own classes, in the order of its labels."
         )
-    states = torch.cat([teacher.codec.encode(part.to(teacher.device)).cpu() for part in images.split(IMAGES_PER_PASS)])
+    states = torch.cat(
+        [teacher.codec.encode(part.to(teacher.device)).cpu() for part in images.split(images_at_once(*images.shape[2:]))]
+    )
     if tuple(states.shape[1:]) != teacher.denoiser.sample_shape:
         raise UserError(
             f"the data gives states of shape {tuple(states.shape[1:])}, the teacher works on "
