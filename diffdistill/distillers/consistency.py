@@ -33,6 +33,7 @@ Departures from the papers:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -235,10 +236,10 @@ def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, end: float,
         end: the end point's time; where it is clean, f = D for every other time.
     """
     is_end = t <= end
-    first = torch.full_like(t, denoiser.schedule.t_max)
-    t_safe = torch.where(is_end, first, t)  # a network is not asked, nor is sigma_t divided by, at sigma = 0
-    at_t, at_end = (denoiser.schedule.coefficients(s) for s in (t_safe, torch.full_like(t, end)))
-    f = transfer.ddim(x_t, denoiser(x_t, t_safe, cond).x0, at_t, at_end)
+    said = denoiser(
+        x_t, torch.where(is_end, denoiser.schedule.t_max, t), cond
+    )  # not asked at sigma = 0, by which ddim would divide
+    f = transfer.ddim(x_t, said.x0, said.point, denoiser.schedule.coefficients(torch.full_like(t, end)))
     return torch.where(is_end.to(x_t.device).reshape(-1, *[1] * (x_t.ndim - 1)), x_t.to(f.dtype), f)
 
 
@@ -281,6 +282,7 @@ class Consistency(Distiller):
         self._distance = _distance(config, teacher.sample_shape)
         self._lognormal = (config.lognormal_mean, config.lognormal_std)
         self._limits = self._noise_range()
+        self._grids = functools.lru_cache(maxsize=1)(self._grid)  # one for many steps
         first = self.schedule.coefficients(self.grid(0).times[:1]) if config.grid.kind != "continuous" else None
         if config.weighting == "inverse_gap" and first is not None and not bool(first.noise_to_signal.isfinite()):
             raise UserError(
@@ -312,6 +314,10 @@ class Consistency(Distiller):
             num_steps = weighting.ct_num_intervals(step, self.total_steps, curriculum.s0, curriculum.s1)
         elif isinstance(curriculum, ICTCurriculum):
             num_steps = weighting.ict_num_points(step, self.total_steps, curriculum.s0, curriculum.s1) - 1
+        return self._grids(num_steps)
+
+    def _grid(self, num_steps: int) -> TimeGrid:
+        grid = self.config.grid
         if isinstance(grid, KarrasGrid):
             return grids.karras(self.schedule, num_steps + 1, *self._limits, grid.rho)
         if isinstance(grid, IndexGrid):
@@ -331,7 +337,7 @@ class Consistency(Distiller):
         x_t = transfer.add_noise(batch.x0, eps, at_t)
 
         with torch.no_grad():
-            x_r = self._move(x_t, t, r, batch, eps, rng)
+            x_r = self._move(x_t, (t, r), (at_t, at_r), batch, eps, rng)
             target = self.roles["student" if self.config.ema_decay is None else "target"]
             f_target = consistency_function(target, x_r, r, end, batch.cond)
         f = consistency_function(self.roles["student"], x_t, t, end, batch.cond)
@@ -348,19 +354,28 @@ class Consistency(Distiller):
         law = self._lognormal if self.config.noise_law == "lognormal" else None
         return draw_interval(grid, size, rng, law), float(grid.times[-1])
 
-    def _move(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, eps: Tensor, rng: Rng) -> Tensor:
+    def _move(
+        self,
+        x_t: Tensor,
+        times: tuple[Tensor, Tensor],
+        points: tuple[Coefficients, Coefficients],
+        batch: Batch,
+        eps: Tensor,
+        rng: Rng,
+    ) -> Tensor:
         """Return x_r: on the teacher's trajectory through x_t, or x0 with the same noise."""
         assert batch.x0 is not None
+        (t, r), (at_t, at_r) = times, points
         if self.config.mode == "training":
-            return transfer.add_noise(batch.x0, eps, self.schedule.coefficients(r))
+            return transfer.add_noise(batch.x0, eps, at_r)
         teacher = guided_teacher(self.teacher, self.config.guidance, self.config.guidance_interval, batch.size, rng)
         denoise = partial(_clean, teacher, batch.cond)
-        times = [torch.lerp(t, r, k / self.config.solver_steps) for k in range(self.config.solver_steps)]
-        for s, s_next in itertools.pairwise([*times, r]):
+        between = [torch.lerp(t, r, k / self.config.solver_steps) for k in range(1, self.config.solver_steps)]
+        ends = [*zip(between, map(self.schedule.coefficients, between), strict=True), (r, at_r)]
+        for (s, at_s), (s_next, at_next) in itertools.pairwise([(t, at_t), *ends]):
             if self.config.solver == "heun":
                 x_t = transfer.heun(denoise, x_t, s, s_next, self.schedule)
             else:
-                at_s, at_next = self.schedule.coefficients(s), self.schedule.coefficients(s_next)
                 x_t = transfer.ddim(x_t, denoise(x_t, s), at_s, at_next)
         return x_t
 

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from diffdistill.math.schedules import expand
+from diffdistill.math.schedules import Coefficients, expand
 
 Kind = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -125,6 +125,11 @@ class Prediction:
     x_t: Tensor
     alpha: Tensor
     sigma: Tensor
+
+    @property
+    def point(self) -> Coefficients:
+        """The scales at its time."""
+        return Coefficients(self.alpha, self.sigma)
 
     @cached_property
     def x0(self) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from diffdistill.data.batches import derive_seed
 from diffdistill.distillers.base import Batch, Distiller, Loss, Rng, Turn
@@ -256,14 +255,11 @@ class Engine:
         self.stop_votes += values[-1]
 
         # 3. Update, unless something is not finite; the decision stays on the device
-        if self.clip_grad_norm is not None:
-            for optimizer, norm in zip(optimizers, norms, strict=True):
-                clip_grads_with_norm_(optimizer.parameters, self.clip_grad_norm, norm)
         checked = torch.stack([values[0], *(norm.double() for norm in norms)])
         finite = checked.isfinite().all()
         found_inf = (~finite).to(torch.float32)
-        for optimizer in optimizers:
-            optimizer.step(step, found_inf)
+        for optimizer, norm in zip(optimizers, norms, strict=True):
+            optimizer.step(step, found_inf, self._divisor(norm))
             optimizer.zero_grad()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
@@ -272,6 +268,10 @@ class Engine:
         self.guard.add(turn.name, ~finite, excused)
         names = (*names, *(f"{turn.name}/grad_norm_{role}" for role in turn.trains))
         self.meter.add(names, torch.cat([values[:-1], checked[1:]]), finite)
+
+    def _divisor(self, norm: Tensor) -> Tensor | None:
+        """Return what a gradient of this norm is divided by to have at most the norm that is allowed."""
+        return None if self.clip_grad_norm is None else (norm / self.clip_grad_norm).clamp(min=1)
 
     def _rng(self, step: int, micro: int, turn: int) -> Rng:
         key = (self.seed, "stage", self.stage, step)

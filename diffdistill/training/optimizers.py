@@ -204,24 +204,37 @@ class RoleOptimizer:
             if own is not whole:
                 own.grad, whole.grad = None if whole.grad is None else local(whole.grad), None
 
-    def step(self, step: int, found_inf: Tensor) -> None:
-        """Update with the rate of this step, unless found_inf, a 0-dim float32 tensor, is 1."""
+    def step(self, step: int, found_inf: Tensor, divisor: Tensor | None = None) -> None:
+        """Update with the rate of this step, unless found_inf, a 0-dim float32 tensor, is 1.
+
+        Args:
+            divisor: of the gradients, 0-dim; None for 1.
+        """
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self.inner.param_groups:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         if self.twins is None:
-            self._update(found_inf)
+            self._update(found_inf, divisor)
         else:
-            self.twins.update(partial(self._update, found_inf.cpu()))
+            self.twins.update(partial(self._update, found_inf.cpu(), None if divisor is None else divisor.cpu()))
 
-    def _update(self, found_inf: Tensor) -> None:
+    def _update(self, found_inf: Tensor, divisor: Tensor | None) -> None:
         if self.config.name in _UNFUSED:
             if not bool(found_inf):
+                self._divide(divisor)
                 with _as_it_is(self.updated[0].device):
                     self.inner.step()
             return
-        self.inner.grad_scale, self.inner.found_inf = None, found_inf  # type: ignore[attr-defined]
+        if self.updated[0].dtype == torch.float64:  # the kernels know divisors of float32
+            self._divide(divisor)
+            divisor = None
+        self.inner.grad_scale = None if divisor is None else divisor.float()  # type: ignore[attr-defined]
+        self.inner.found_inf = found_inf  # type: ignore[attr-defined]
         self.inner.step()
+
+    def _divide(self, divisor: Tensor | None) -> None:
+        if divisor is not None:
+            torch._foreach_div_([each.grad for each in self.updated if each.grad is not None], divisor)
 
     def state(self) -> dict[str, Tensor]:
         """Return moments and counters as "index.name" -> plain tensor; of a rounded moment its parts, "index.name.codes"."""

@@ -66,6 +66,28 @@ def test_a_hundred_steps_end_within_two_percent_of_adamw(name, settings):
     assert not settings or (found - exact).norm() < 0.5 * (found - usual).norm()  # each setting arrives where it belongs
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "sgd"])
+def test_a_divisor_of_the_gradients_is_one_of_what_they_are(name, dtype, offload):
+    def after(scale, divisor, found_inf=FINE):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((20, 30), (7,))]
+        config = OptimizerConfig(name=name, lr=0.1, eps=0.1, weight_decay=0.01, offload=offload)
+        optimizer = RoleOptimizer("student", parameters, config, 10)
+        for step in range(7):  # RAdam adapts from the sixth on
+            for parameter in parameters:
+                parameter.grad = scale * torch.randn(parameter.shape, generator=generator).to(dtype)
+            optimizer.step(step, found_inf, divisor)
+        return weights(optimizer)
+
+    plain, divided = after(1.0, None), after(3.0, torch.tensor(3.0, dtype=dtype))
+    torch.testing.assert_close(divided, plain, rtol=0, atol={torch.float32: 2e-6, torch.float64: 1e-14}[dtype])
+    assert (after(3.0, None) - plain).abs().max() > 1e-3
+    start = after(1.0, torch.tensor(math.nan, dtype=dtype), BAD)
+    assert start.isfinite().all() and (start - plain).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", INSTALLED)
 def test_moments_take_the_bytes_that_are_planned(name):
     optimizer = trained(name, range(2))
