@@ -25,7 +25,10 @@ class Conditions:
 
     def __init__(self, teacher: Teacher, source: DataSource) -> None:
         self.teacher, self.source = teacher, source
-        self._null = teacher.conditioner.null
+        self._null, self._device = (
+            teacher.conditioner.null,
+            teacher.device,
+        )  # which looks through the network for its parameters
 
     def of(self, values: Mapping[str, Tensor], batch_size: int) -> Condition:
         """Return what `teacher.condition` would, without its copies from pageable memory, for which a GPU is waited."""
@@ -55,5 +58,4 @@ class Conditions:
 
     def on_device(self, value: Tensor) -> Tensor:
         """Return a tensor of the data where the teacher is."""
-        device = self.teacher.device
-        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+        return value.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else value.to(self._device)
