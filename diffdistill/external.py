@@ -84,7 +84,7 @@ def write_images(
     solver: str | None = None,
     checkpoint: str | Path | None = None,
     lora: str | Path | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     processes: Processes = ALONE,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, str]:
@@ -94,7 +94,7 @@ def write_images(
         protocol: a key of RUNNERS.
         target, steps, guidance, solver, checkpoint, lora: as for `scoring.evaluate`.
         output: gets a folder steps-N for each number of steps.
-        batch_size: images per call of the model.
+        batch_size: images per call of the model; None for `Target.images_at_once`.
         processes: share the images.
         progress: called with (what, files done, files in all).
     Returns:
@@ -114,7 +114,7 @@ def write_images(
             prompts,
             folder,
             {"target": dict(opened.identity), "sampler": sampler.settings, "uint8_rule": "round"},
-            batch_size=batch_size,
+            batch_size=opened.images_at_once if batch_size is None else batch_size,
             part=(processes.index, processes.count),
             progress=None if progress is None else lambda done, total, what=what: progress(what, done, total),
         )

@@ -145,9 +145,9 @@ def recorded_gradients(engine: Engine) -> Iterator[dict[str, list[Tensor]]]:
     for role, optimizer in engine.optimizers.items():
         plain = optimizer.step
 
-        def step(k: int, found_inf: Tensor, role: str = role, optimizer: Any = optimizer, plain: Any = plain) -> None:
+        def step(*arguments: Any, role: str = role, optimizer: Any = optimizer, plain: Any = plain) -> None:
             found.setdefault(role, [parameter.grad.clone() for parameter in optimizer.parameters])
-            plain(k, found_inf)
+            plain(*arguments)
 
         optimizer.step = step  # type: ignore[method-assign]
     yield found

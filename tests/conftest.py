@@ -19,11 +19,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put files with slow tests first: one that came last would leave the other processes idle."""
+    """Put files with slow tests first: one that came last would leave the other processes idle. Before them come tests that fork.
+
+    Autograd works in no fork of a process in which something was compiled.
+    """
     import torch
 
     slow = Counter(item.path for item in items if "slow" in item.keywords)
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (item.path.parent.name != "faults", -slow[item.path]))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -274,7 +274,8 @@ def test_at_its_start_a_split_run_holds_rows_and_one_network_in_the_main_process
     for rank, log in enumerate(logs):
         grown, rows, network = (int(log.read_text().split(name)[1].split()[0]) for name in ("grown", "rows", "one network"))
         assert network > 150e6 and rows < 1.6 * network
-        assert grown < rows + (1.7 if rank == 0 else 0.5) * network, (rank, grown, rows, network)
+        # the system counts pages of the file that were read, too: 1.45 to 1.71 networks, where whole roles would be three beside the rows
+        assert grown < rows + (2.0 if rank == 0 else 0.5) * network, (rank, grown, rows, network)
 
 
 @pytest.mark.parametrize("killed", [0, 2])
@@ -312,35 +313,38 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, nursery, t
 SIGNALLED = """
 import os, signal, sys
 from diffdistill.training import preview
-true, passes, told = preview.Stoppable.__call__, [], int(sys.argv.pop())
+true, true_scores, passes = preview.Stoppable.__call__, preview.Validation.scores, None
+def scores(*arguments):
+    global passes
+    passes = []
+    return true_scores(*arguments)
 def call(stoppable, x_t, t, cond):
+    if passes is None:
+        return true(stoppable, x_t, t, cond)
     passes.append(False)
-    if os.environ["RANK"] == "1" and len(passes) == told:
+    if os.environ["RANK"] == "1" and len(passes) == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     answer = true(stoppable, x_t, t, cond)
     passes[-1] = True
     return answer
-preview.Stoppable.__call__ = call
+preview.Stoppable.__call__, preview.Validation.scores = call, scores
 %s
 print("passes", len(passes), "answered", sum(passes))
 """
 
 
-@pytest.mark.parametrize(
-    ("parallel", "told"), [("ddp", 2), ("fsdp", 50 + 2 + 2)]
-)  # the second pass of process 1 for the scores
-def test_a_signal_to_one_process_in_a_validation_stops_both_before_their_next_pass(teacher, nursery, tmp_path, parallel, told):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_in_a_validation_stops_both_before_their_next_pass(teacher, nursery, tmp_path, parallel):
     protocol = small_protocol(tmp_path / "protocol.yaml", 60)
     looks = {"samples": {"every_steps": 2, "num": 3}, "validation": {"every_steps": 2, "steps": [2], "protocol": protocol}}
     stages = [{"steps": 1, "method": method} for method in ({"name": "dmd", "regression": {}}, METHODS["dmd2"])]
-    changes = {"stages": stages, "pairs": {"num": 3, "steps": 1}, "micro_batch_size": 4, **looks}
+    changes = {"stages": stages, "pairs": {"num": 3, "steps": 1}, "micro_batch_size": 4, "sampling_batch_size": 100, **looks}
     train(run_config(teacher, tmp_path / "one", **changes), progress=False)
     values, logs = run_values(teacher, tmp_path / "two", parallel=parallel, **changes), [tmp_path / f"log{k}" for k in range(2)]
-    processes = start(nursery, logs, write(tmp_path / "run.yaml", values), told, code=SIGNALLED % DRIVER)
+    processes = start(nursery, logs, write(tmp_path / "run.yaml", values), code=SIGNALLED % DRIVER)
     assert [nursery.wait(process) for process in processes] == [0, 0], logs[1].read_text()
-    for rank, log in enumerate(logs):
-        made = 50 + 2 if parallel == "fsdp" or rank == 0 else 0  # for the samples
-        assert f"passes {made + 2} answered {made + 1}" in log.read_text()
+    for log in logs:
+        assert "passes 2 answered 1" in log.read_text()
         assert "after step 2 of 2; everything is saved" in log.read_text()
     assert checkpoint.newest(tmp_path / "two" / "checkpoints")[0].state["left"] == ["validation"]
     train(parse_config(values), resume=True, progress=False)

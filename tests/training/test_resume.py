@@ -271,11 +271,11 @@ def test_a_run_started_before_there_were_some_settings_goes_on(teacher, straight
 def test_a_setting_unknown_when_the_run_started_is_refused_unless_it_is_at_its_default(teacher, tmp_path):
     train(run_config(teacher, tmp_path / "run", steps=2), progress=False)
     made_by_another_version(tmp_path / "run", older)
-    changed = run_config(teacher, tmp_path / "run", steps=2, compute={"channels_last": True}, parallel="fsdp")
+    changed = run_config(teacher, tmp_path / "run", steps=2, compute={"attention": "math"}, parallel="fsdp")
     with pytest.raises(UserError) as caught:
         train(changed, resume=True, progress=False)
     differing = str(caught.value).splitlines()[1:-1]
-    assert differing == ["  compute.channels_last: false -> true"]
+    assert differing == ['  compute.attention: "auto" -> "math"']
 
 
 def test_a_setting_that_is_no_longer_known_is_told_with_the_version_that_knew_it(teacher, tmp_path):
