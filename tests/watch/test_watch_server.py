@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from fake_runs import healthy, lines, write_run
@@ -133,13 +134,18 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert "is not the folder of a run" in capsys.readouterr().err
 
 
+def start(command, **options):
+    """Start a command that hears Ctrl-C also where whoever runs the tests does not, as a shell's background job."""
+    return subprocess.Popen(command, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL), **options)
+
+
 @pytest.mark.parametrize("form", [["--html"], ["--html", "-o", "page.html"]], ids=["server", "file"])
 def test_ctrl_c_leaves_with_status_0(tmp_path, form):
     folder = write_run(tmp_path / "run", lines(100))
     (folder / "lock").write_text("process 1 on elsewhere")
     os.utime(folder / "metrics.jsonl")
     command = [sys.executable, "-m", "diffdistill", "watch", str(folder), "--refresh", "0.2", *form]
-    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    watching = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert watching.stdout.readline()
     watching.send_signal(signal.SIGINT)
     assert watching.communicate(timeout=60) == ("", "")
@@ -152,7 +158,7 @@ def test_a_terminal_shows_what_is_new_until_ctrl_c(tmp_path):
     os.utime(folder / "metrics.jsonl")
     own, terminal = pty.openpty()
     command = [sys.executable, "-m", "diffdistill", "watch", str(folder), "--refresh", "0.2"]
-    watching = subprocess.Popen(command, stdout=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "50"})
+    watching = start(command, stdout=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "50"})
     os.close(terminal)
     shown = ""
     while "step 100 of 1,000" not in shown:
