@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffdistill.math.schedules import RectifiedFlowSchedule, Schedule, VPSchedule
+from diffdistill.math.schedules import Coefficients, RectifiedFlowSchedule, Schedule, VPSchedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,14 @@ class TimeGrid:
         return self.times.to(device, non_blocking=True)
 
     @cached_property
+    def points(self) -> Coefficients:
+        """The scales at the times, (N + 1,) each, where the times are."""
+        return self.schedule.coefficients(self.times)
+
+    @cached_property
     def first_std(self) -> float:
         """The spread of the first state of a sampler: sigma at the first time, and 1 on paths that end in unit variance."""
-        return max(1.0, float(self.schedule.sigma(self.times[0])))
+        return max(1.0, float(self.points.sigma[0]))
 
     @property
     def num_steps(self) -> int:

@@ -144,8 +144,10 @@ class Sampler:
             net, cond = denoiser, cond.with_values(guidance=w)
         else:
             net = guided(denoiser, self.guidance)
-        times = self.grid.times_on(x.device)[:, None].expand(-1, len(x))
-        points = list(map(Coefficients, *self.grid.schedule.coefficients(times)))
+        times, alphas, sigmas = (
+            value.to(x.device, non_blocking=True)[:, None].expand(-1, len(x)) for value in (self.grid.times, *self.grid.points)
+        )
+        points = list(map(Coefficients, alphas, sigmas))
         last: Estimate | None = None
         for i, (t_float, r_float) in enumerate(islice(self.grid.pairs(), num_steps)):
             t, r = times[i], times[i + 1]
