@@ -56,7 +56,10 @@ class GuidanceAdapterSpec(BaseModel):
             "depends on the position's features as well"
         ),
     ] = "offset"
-    hidden_dim: Annotated[int, Field(ge=2, multiple_of=2, description="H, width of the adapters; even")] = 256
+    hidden_dim: Annotated[
+        int | None,
+        Field(ge=2, multiple_of=2, description="H, width of the adapters, even; null: that of the widest adapted block, at most 320"),
+    ] = None
     targets: Annotated[
         str | tuple[str, ...],
         Field(
@@ -173,7 +176,7 @@ class GuidanceAdapters(ConditionReader):
     """The adapters of a network and what they share; made by `add_guidance_adapters`.
 
     Attributes:
-        spec: kind, size and targets.
+        spec: kind, size and targets; its hidden_dim is a number.
         paths: module path of each adapted block, in the network's order.
         blocks: path with "/" for "." (a name of a module has no dot) -> adapter.
         muted: whether they are off whatever the condition says, see `muted`.
@@ -188,8 +191,8 @@ class GuidanceAdapters(ConditionReader):
         self, spec: GuidanceAdapterSpec, blocks: Mapping[str, nn.Module], time_dim: int, class_dim: int | None
     ) -> None:
         super().__init__()
-        self.spec, self.paths, self.muted = spec, tuple(blocks), False
-        hidden = spec.hidden_dim
+        hidden = spec.hidden_dim or _usual_hidden(blocks)
+        self.spec, self.paths, self.muted = spec.model_copy(update={"hidden_dim": hidden}), tuple(blocks), False
         self.scale = ScalarEncoder(hidden)
         self.time = nn.Linear(time_dim, hidden)
         self.label = None if class_dim is None else nn.Linear(class_dim, hidden)
@@ -273,6 +276,11 @@ def _widths(path: str, block: Any) -> tuple[int, int]:
         f"cannot tell how many features {path} ({type(block).__name__}) has; a guidance adapter sits at an attention, "
         "convolution, residual or linear block."
     )
+
+
+def _usual_hidden(blocks: Mapping[str, nn.Module]) -> int:
+    """Return the width of the widest block, even, and at most that of the paper's code for networks of 1280, which is 320."""
+    return max(2, min(320, max(_widths(path, block)[1] for path, block in blocks.items())) // 2 * 2)
 
 
 def _prompt_width(block: Any) -> int | None:

@@ -256,6 +256,16 @@ def test_half_precision_networks_get_float32_adapters():
     assert raw.dtype == torch.bfloat16 and bool(raw.isfinite().all())
 
 
+@pytest.mark.parametrize(("widths", "hidden"), [((320, 1280, 640), 320), ((64, 128), 128), ((7,), 6)])
+def test_the_usual_width_is_that_of_the_widest_adapted_block_and_even_but_at_most_320(widths, hidden):
+    network = copy.deepcopy(denoiser("dit").network)
+    for index, width in enumerate(widths):
+        network.add_module(f"wide{index}", torch.nn.Linear(4, width))
+    targets = tuple(f"wide{index}" for index in range(len(widths)))
+    adapters = add_guidance_adapters(network, denoiser("dit").family, GuidanceAdapterSpec(targets=targets))
+    assert adapters.spec.hidden_dim == hidden == adapters.time.out_features
+
+
 # Files ----------------------------------------------------------------------------------------------------------------------
 
 
