@@ -43,6 +43,7 @@ class TeacherRuns(_Frozen):
     """A teacher as it is measured; what its runs are fed is random."""
 
     batches: tuple[PositiveInt, ...] = Field(min_length=1, description="samples of a step, each number a cell of its own")
+    images: tuple[PositiveInt, ...] = Field((), description="images that are sampled at once; as `batches` where none is named")
     published: bool = Field(False, description="the published network of that name, with random weights, in place of a model")
     run: dict[str, Any] = Field({}, description="settings of its runs, as in a run's config: the kind of data, precision")
     lora: LoraSpec = Field(LoraSpec(rank=16, targets="all"), description="the adapters of the shared layout")
@@ -104,6 +105,16 @@ class Definition(_Frozen):
             for method, layout in itertools.product(methods or self.methods, layouts or self.layouts)
             for batch in self.teachers[teacher].batches
         ]
+
+    def sampled(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Return the cells whose students are sampled, for the teachers and layouts of these."""
+        return list(
+            dict.fromkeys(
+                cell._replace(method=self.samples.method, batch=num)
+                for cell in cells
+                for num in self.teachers[cell.teacher].images or (cell.batch,)
+            )
+        )
 
     def with_options(self, parts: Sequence[str], seconds: float | None) -> Definition:
         """Return the definition with other parts and another time, where they are given.

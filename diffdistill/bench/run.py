@@ -85,7 +85,7 @@ def _rows(definition: Definition, cells: Sequence[Cell], overrides: Sequence[str
         for cell in cells:
             yield from _or_refused(cell, _step(definition, cell, overrides, done))
     if "samples" in definition.parts:
-        for cell in dict.fromkeys(cell._replace(method=definition.samples.method) for cell in cells):
+        for cell in definition.sampled(cells):
             yield from _or_refused(cell, _samples(definition, cell, overrides, done))
     for part, kind, measure in (("starts", StartRow, measure_starts), ("overhead", OverheadRow, measure_overhead)):
         if part in definition.parts:

@@ -40,6 +40,12 @@ def test_cells_are_the_product_of_what_is_named(read):
         definition.cells(layouts=["copies"])
 
 
+@pytest.mark.parametrize(("images", "batches"), [("", [4, 8]), ("images: [2, 16], ", [2, 16])])
+def test_one_students_images_are_measured_by_the_steps_batches_or_by_their_own(read, images, batches):
+    definition = read(GOOD.replace("batches:", f"{images}batches:"))
+    assert definition.sampled(definition.cells()) == [Cell("digits-unet", "plain", "shared", num) for num in batches]
+
+
 def test_a_run_has_what_teacher_method_and_layout_say_and_else_the_defaults(read):
     definition = read(GOOD)
     config = definition.run_config(Cell("digits-unet", "plain", "shared", 4), ["clip_grad_norm=3.0"])
