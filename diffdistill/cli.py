@@ -726,8 +726,8 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it flushes
         return MACHINE
-    if isinstance(error, OSError) and is_full(error):
-        place = error.filename or "the disk"
+    if is_full(error):
+        place = getattr(error, "filename", None) or "the disk"
         return _say(f"failed: no space left ({place}). Free some and run the same command again.", MACHINE)
     if isinstance(error, OSError) and error.filename is not None:
         return _say(f"failed: {error.strerror}: {error.filename}", MACHINE)

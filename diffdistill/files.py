@@ -17,9 +17,12 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffdistill.errors import MachineError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CACHE = Path.home() / ".cache" / "diffdistill"
 """Where what can be made again is kept, unless told otherwise."""
@@ -30,20 +33,28 @@ def explained(path: str | Path) -> Iterator[None]:
     """Turn the system's errors of a full disk and of a place that cannot be written, while `path` is written, into MachineError."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         if is_full(error):
             raise MachineError(
                 f"no space left while writing {path}; what was there before is untouched. "
                 "Free some space and run the same command again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS):
-            raise MachineError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
+        if (number := _errno(error)) in (errno.EACCES, errno.EROFS):
+            raise MachineError(f"cannot write {path}: {os.strerror(number)}. Choose another folder.") from error
         raise
 
 
 def is_full(error: BaseException) -> bool:
     """Tell whether an error says that a disk, or the share of it that one may use, is full."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return _errno(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _errno(error: BaseException) -> int | None:
+    """Return the system's number of an error; safetensors does not raise OSError, but it quotes the number."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def _fsync(path: Path) -> None:
@@ -170,6 +181,21 @@ def inside(folder: str | Path, name: str) -> Path:
             f"the name {name!r} leads out of {folder}; names are relative and have no '..'. Nothing is read or written there."
         )
     return Path(path)
+
+
+def read_tensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read a safetensors file into memory: the notes in its header, and its tensors.
+
+    Raises:
+        UserError: no such file, or a damaged one; it says that `what` cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {what} from {path}: {error}") from error
 
 
 def sha256(path: str | Path) -> str:

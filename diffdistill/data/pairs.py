@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.files import write_atomic
+from diffdistill.files import read_tensors, write_atomic
 
 _KEY = "diffdistill_pairs"
 
@@ -79,14 +79,7 @@ class Pairs:
         Raises:
             UserError: no such file, a damaged file, or a file of something else.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as opened:
-                header = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read stored pairs from {path}: {error}") from error
+        header, tensors = read_tensors(path, "stored pairs")
         if _KEY not in header or not {"noise", "x0"} <= tensors.keys() <= {"noise", "x0", "labels"}:
             raise UserError(f"{path} does not hold stored pairs (noise, x0, labels); it holds {', '.join(tensors)}.")
         return cls(tensors["noise"], tensors["x0"], tensors.get("labels"), json.loads(header[_KEY]))

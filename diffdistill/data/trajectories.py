@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.files import write_atomic
+from diffdistill.files import read_tensors, write_atomic
 
 _KEY = "diffdistill_trajectories"
 _DTYPES = (torch.float16, torch.float32)
@@ -120,14 +120,7 @@ class Trajectories:
         Raises:
             UserError: no such file, a damaged file, or a file of something else.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as opened:
-                header = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read stored trajectories from {path}: {error}") from error
+        header, tensors = read_tensors(path, "stored trajectories")
         needed = {"x_t", "target", "t", "w"}
         if _KEY not in header or not needed <= tensors.keys() <= needed | {"labels"}:
             raise UserError(

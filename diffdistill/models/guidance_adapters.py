@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffdistill.errors import UserError
-from diffdistill.files import write_atomic
+from diffdistill.files import read_tensors, write_atomic
 from diffdistill.models.extras import MODULE, ConditionReader, extra_inputs_of, time_width
 
 if TYPE_CHECKING:
@@ -421,14 +421,7 @@ def load_guidance_adapters(network: nn.Module, family: Family, path: str | Path)
     Raises:
         UserError: not such a file, or adapters of another architecture; the network is then as it was.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read guidance adapters from {path}: {error}") from error
+    header, tensors = read_tensors(path, "guidance adapters")
     if _KEY not in header:
         raise UserError(f"{path} does not hold guidance adapters.")
     told = json.loads(header[_KEY])

@@ -10,7 +10,6 @@ dimension they are the whole tensors, which is how they are read, in any number 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -110,10 +109,12 @@ def _save_parts(
 
 def _write_groups(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], ending: str) -> dict[str, str]:
     """Write a file for each group and return file -> SHA-256."""
+    from safetensors.torch import save_file
+
     files = {}
     for group, named in tensors.items():
         path = folder / f"{group}{ending}.safetensors"
-        _write(path, named)
+        save_file(_on_cpu(named), path)
         files[path.name] = sha256(path)
     return files
 
@@ -266,18 +267,6 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _write(path: Path, named: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(_on_cpu(named), path)
-    except SafetensorError as error:
-        if "os error 28" in str(error):  # a full disk; safetensors does not raise OSError
-            raise OSError(errno.ENOSPC, "no space left on device", str(path)) from error
-        raise
 
 
 def _on_cpu(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,6 +77,21 @@ def test_a_disk_that_fills_up_keeps_the_checkpoints_and_the_run_goes_on_when_the
     on_a_small_disk(disk, train_on_it, size=str(8 * one + 2**20))
 
 
+@pytest.mark.parametrize("room", ["8k", "64k"])
+def test_an_export_that_fills_the_disk_leaves_nothing_of_itself(folder, tmp_path, capfd, room):
+    """The weights are written by diffusers, whose error is that of safetensors."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def export_to_it():
+        assert main(["export", str(folder / "straight"), "-o", str(disk / "export")]) == 1
+        assert not list(disk.iterdir())
+
+    on_a_small_disk(disk, export_to_it, size=room)
+    message = capfd.readouterr().err
+    assert "failed: no space left while writing" in message and str(disk / "export") in message and "Traceback" not in message
+
+
 def test_a_read_only_folder_is_told_before_the_teacher_is_loaded(folder, tmp_path, capfd):
     disk = tmp_path / "disk"
     disk.mkdir()
