@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: install quickstart test test-gpu test-oldest faults lint types bench bench-gpu bench-check study mutation clean
+.PHONY: install quickstart test test-gpu test-oldest faults lint types bench bench-gpu measure-gpu bench-check study mutation clean
 
 install: $(STAMP)
 
@@ -55,6 +55,12 @@ bench: install  ## steps, sampling, starts and overhead over what they must cost
 bench-gpu: install  ## the same on Stable Diffusion 1.5's network with random weights, in about five minutes on an H100
 	$(BIN)/diffdistill bench gpu --resume --output eval/bench
 	mv eval/bench/performance.md docs/performance.md
+
+measure-gpu: bench-gpu  ## and every other number that only a GPU gives: attention and its tangents, compute settings, memory of the recipes
+	$(BIN)/python eval/bench_forward_attention.py --gpu
+	$(BIN)/python eval/attention.py --gpu
+	$(BIN)/python eval/compute.py --gpu
+	$(BIN)/python eval/memory.py --gpu
 
 bench-check: install  ## whether they got worse than eval/bench/cpu.json, or gpu.json, says
 	OMP_NUM_THREADS=1 $(BIN)/diffdistill bench --check
