@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,14 @@ class Processes(NamedTuple):
     def any(self, yes: bool) -> bool:
         """Return whether any says yes; all of them ask together."""
         return bool(self.max(int(yes)))
+
+    def sharing(self, num: int, in_step: bool) -> Processes:
+        """Return who shares `num` equal pieces of work: these, or each for itself where all must do as much and it cannot be shared out evenly."""
+        return ALONE if in_step and num % self.count else self
+
+    def share(self, num: int) -> int:
+        """Return how many of `num` pieces are a process's share; the last ones' may be smaller, or none."""
+        return math.ceil(num / self.count)
 
 
 ALONE = Processes()

@@ -29,7 +29,7 @@ from diffdistill.training.reduction import Replicated
 from diffdistill.training.sharding import Split, fill, splitter
 
 LONGEST_WAIT = timedelta(hours=1)
-"""Of a process for the others, which may wait while the main one makes samples or encodes data. A dead one is noticed otherwise, see `lifeline`."""
+"""Of a process for the others, which may wait while the main one measures real images or writes. A dead one is noticed otherwise, see `lifeline`."""
 
 
 def build_accelerator(precision: str) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffdistill.math import transfer
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.sampling.sampler import DrawsNoise
 
 SATURATED = 0.98
 LAG_LEVELS = (0.25, 0.5, 0.75)  # shares of the noising process at which the fake network is asked
@@ -48,23 +49,30 @@ def figures(images: Tensor, labels: Tensor | None) -> dict[str, float]:
 
 
 @torch.no_grad()
-def fake_lag(
-    fake: Denoiser, teacher: Denoiser, samples: Sequence[Tensor], cond: Condition, generator: torch.Generator
-) -> float:
-    """Return mean |D_fake(x_s) - x_g| / mean |D_teacher(x_s) - x_g| over noise levels, for the student's clean outputs x_g.
-
-    A fake network that follows its student denoises the student's outputs better than the teacher does, as long as these are not yet
-    the teacher's: below 1. At 1 it has learned nothing; above, it is worse than no training at all.
+def denoising_errors(
+    fake: Denoiser, teacher: Denoiser, samples: Sequence[Tensor], cond: Condition, noise: DrawsNoise
+) -> Tensor:
+    """Return mean |D_fake(x_s) - x_g| and mean |D_teacher(x_s) - x_g| of each image, (B, 2) float64 on the CPU, summed over noise levels.
 
     Args:
-        samples: x_g of each of the student's steps, whose mixture the fake network is trained on.
+        samples: x_g (B, ...), the student's clean outputs in each of its steps, whose mixture the fake network is trained on.
+        noise: of the images.
     """
-    errors = torch.zeros(2, dtype=torch.float64)
-    schedule = teacher.schedule
+    schedule, errors = teacher.schedule, torch.zeros(cond.batch_size, 2, dtype=torch.float64)
     for x_g, level in itertools.product(samples, LAG_LEVELS):
         time = schedule.t_clean + level * (schedule.t_max - schedule.t_clean)
         t = torch.full((len(x_g),), time, dtype=torch.float64, device=x_g.device)
-        noise = torch.randn(x_g.shape, generator=generator).to(x_g.device, x_g.dtype)
-        x_t = transfer.add_noise(x_g, noise, schedule.coefficients(t))
-        errors += torch.stack([(denoiser(x_t, t, cond).x0 - x_g).abs().double().mean().cpu() for denoiser in (fake, teacher)])
-    return float(errors[0] / errors[1])
+        x_t = transfer.add_noise(x_g, noise.draw(tuple(x_g.shape[1:])), schedule.coefficients(t))
+        found = [(denoiser(x_t, t, cond).x0 - x_g).abs().double().flatten(1).mean(1) for denoiser in (fake, teacher)]
+        errors += torch.stack(found, dim=1).cpu()
+    return errors
+
+
+def fake_lag(errors: Tensor) -> float:
+    """Return mean |D_fake(x_s) - x_g| / mean |D_teacher(x_s) - x_g| over the images, from their `denoising_errors`.
+
+    A fake network that follows its student denoises the student's outputs better than the teacher does, as long as these are not yet
+    the teacher's: below 1. At 1 it has learned nothing; above, it is worse than no training at all.
+    """
+    fake, teacher = errors.sum(0).tolist()
+    return fake / teacher

@@ -163,7 +163,7 @@ class RunFolder:
         checkpoint.remove_leftovers(self.checkpoints)
         for place in (self.path, self.samples):
             remove_leftovers(place)
-        for parts in self.path.glob(layout.VALIDATION_PARTS):  # of one that was cut off, which begins anew
+        for parts in self.path.glob(layout.PARTS_OF_LOOKS):  # of one that was cut off, which begins anew
             shutil.rmtree(parts)
         sessions = self._sessions()
         if not self.has_begun:  # an attempt that failed at once may have left another config

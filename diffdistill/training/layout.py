@@ -10,12 +10,14 @@ PAIRS = "pairs.safetensors"
 TRAJECTORIES = "trajectories.safetensors"
 LOCK = "lock"
 OUTCOME = "outcome.json"
-VALIDATION_PARTS = ".validation-*.parts"
+PARTS_OF_LOOKS = ".look-*.parts"
 
 
-def validation_parts(step: int, num_steps: int) -> str:
-    """Return where several processes put together what they have made of the validation at a step, in `num_steps` of the student.
+def parts_of_look(*what: str | int) -> str:
+    """Return where several processes put together what they have made of samples or of a validation.
 
-    The name is new at each step: on another machine a shared disk may show for a while what is deleted already.
+    Args:
+        what: is made, and at which step, so that the name is new: on another machine a shared disk may show for a while what is
+            deleted already.
     """
-    return VALIDATION_PARTS.replace("*", f"{step}-{num_steps}")
+    return PARTS_OF_LOOKS.replace("*", "-".join(map(str, what)))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import RunConfig, TextData
-from diffdistill.data.batches import derive_seed, keyed_generator
+from diffdistill.data.batches import derive_seed
+from diffdistill.data.cache import TensorCache
 from diffdistill.distillers.base import Distiller
 from diffdistill.evaluation.images import to_uint8
 from diffdistill.files import write_atomic
@@ -58,36 +58,82 @@ class Stoppable(View):
 class Preview:
     """Samples of the same seeds and labels at every call, so that pictures of different steps can be laid side by side.
 
+    Noise belongs to an image, so what is returned is the same whatever the number of processes; all call the same methods, and each
+    gets the whole.
+
     Args:
         num: images.
         seed: of the run.
         asked: labels or prompts, one for each image.
         rows: most rows of a pass of a network, and most images decoded at once.
-        asked_to_stop: looked at before each pass of a network; where it says so, sampling ends in `Interrupted`.
+        folder: where processes put together what they have made.
+        processes: make equal shares of the images; where they say that they are asked to stop, sampling ends in `Interrupted`.
+        in_step: whether all must make the same passes. Each makes all images then, where these cannot be shared out evenly.
     """
 
     def __init__(
-        self, teacher: Teacher, num: int, seed: int, asked: Asked, rows: int, asked_to_stop: Callable[[], bool] = lambda: False
+        self,
+        teacher: Teacher,
+        num: int,
+        seed: int,
+        asked: Asked,
+        rows: int,
+        folder: Path,
+        processes: Processes = ALONE,
+        in_step: bool = False,
     ) -> None:
-        self.teacher, self.seed, self.asked, self.rows, self._asked_to_stop = teacher, seed, asked, rows, asked_to_stop
-        self.seeds = [derive_seed(seed, "preview", k) for k in range(num)]
+        self.teacher, self.num, self.seed, self.asked, self.rows, self.folder = teacher, num, seed, asked, rows, folder
         self.labels = asked if isinstance(asked, Tensor) else None
         self._cond = teacher.condition(asked, num)  # kept: text encoders are released after it
+        self._asked_to_stop = processes.asked_to_stop
+        self._processes = processes.sharing(num, in_step)
+        self._teacher_images: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def teacher_images(self) -> Tensor:
         """The teacher's images, DDIM with its usual guidance; (N, C, H, W) in [-1, 1] in the memory of the CPU, made once."""
-        sampler = Sampler(grids.trailing(self.teacher.denoiser.schedule, TEACHER_STEPS), guidance=self.teacher.guidance)
-        return self._images(self.teacher.denoiser, sampler)
+        if self._teacher_images is None:
+            sampler = Sampler(grids.trailing(self.teacher.denoiser.schedule, TEACHER_STEPS), guidance=self.teacher.guidance)
+            self._teacher_images = self._shared(lambda some: self._images(self.teacher.denoiser, sampler, some), "teacher")
+        return self._teacher_images
 
-    def student_images(self, roles: Roles, sampler: Sampler) -> Tensor:
-        """Return the student's images, (N, C, H, W) in [-1, 1] in the memory of the CPU; raises Diverged when they are not finite."""
-        return _finite(self._images(roles["student"], sampler))
+    def student_images(self, roles: Roles, sampler: Sampler, step: int) -> Tensor:
+        """Return the student's images at a step of the run, as above; raises Diverged when they are not finite."""
+        return self._shared(lambda some: _finite(self._images(roles["student"], sampler, some)), "student", step)
+
+    def fake_lag(self, roles: Roles, sampler: Sampler, step: int) -> float:
+        """Return `drift.fake_lag` on the student's own outputs, not its average's: it is the student the fake follows."""
+        return drift.fake_lag(self._shared(lambda some: self._errors(roles, sampler, some), "lag", step))
+
+    def _shared(self, make: Callable[[slice], Tensor], *what: str | int) -> Tensor:
+        """Return the rows (N, ...) that `make` returns of all images, put together from each process's share of these."""
+        processes = self._processes
+        if processes.count == 1:
+            return make(slice(self.num))
+        parts = TensorCache(self.folder / layout.parts_of_look(*what), {}, self.num, processes.share(self.num))
+        if processes.index < parts.num_shards:
+            parts.fill_shard(processes.index, lambda rows: {"made": make(slice(rows[0], rows[-1] + 1))})
+        processes.wait()
+        made = parts.column("made")
+        processes.wait()
+        if processes.is_main:
+            shutil.rmtree(parts.folder.parent, ignore_errors=True)
+        return made
 
     @torch.no_grad()
-    def _images(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
-        states = sampler.sample(self._asked_in_parts(denoiser), Noise(self.seeds, self.teacher.device), self._cond)
+    def _images(self, denoiser: Denoiser, sampler: Sampler, some: slice) -> Tensor:
+        states = sampler.sample(self._asked_in_parts(denoiser), self._noise("preview", some), self._cond.select(some))
         return torch.cat([self.teacher.codec.decode(part).clamp(-1, 1).cpu() for part in states.split(self.rows)])
+
+    @torch.no_grad()
+    def _errors(self, roles: Roles, sampler: Sampler, some: slice) -> Tensor:
+        student, fake, teacher = map(self._asked_in_parts, (roles["student"], roles["fake"], roles.teacher))
+        cond = self._cond.select(some)
+        states, _ = sampler.trajectory(student, self._noise("preview", some), cond)
+        return drift.denoising_errors(fake, teacher, [state.x0 for state in states], cond, self._noise("lag", some))
+
+    def _noise(self, purpose: str, some: slice) -> Noise:
+        return Noise([derive_seed(self.seed, purpose, k) for k in range(self.num)[some]], self.teacher.device)
 
     def _asked_in_parts(self, denoiser: Denoiser) -> Denoiser:
         return InParts(Stoppable(denoiser, self._asked_to_stop), self.rows)
@@ -99,14 +145,6 @@ class Preview:
             f"drift/{name}_teacher": value for name, value in teacher.items()
         }
 
-    @torch.no_grad()
-    def fake_lag(self, roles: Roles, sampler: Sampler) -> float:
-        """Return `drift.fake_lag` on the student's own outputs, not its average's: it is the student the fake follows."""
-        student, fake, teacher = map(self._asked_in_parts, (roles["student"], roles["fake"], roles.teacher))
-        states, _ = sampler.trajectory(student, Noise(self.seeds, self.teacher.device), self._cond)
-        samples = [state.x0 for state in states]
-        return drift.fake_lag(fake, teacher, samples, self._cond, keyed_generator(self.seed, "lag"))
-
     def grid(self, images: Tensor) -> Tensor:
         """Return a uint8 picture (C, H, W): a row of the teacher's images above a row of the student's, and so on."""
         from diffdistill.evaluation.figures import image_grid
@@ -114,7 +152,7 @@ class Preview:
         rows = [part for pair in zip(self.teacher_images.split(COLUMNS), images.split(COLUMNS), strict=True) for part in pair]
         pixels = to_uint8(_padded(rows)).cpu().numpy()
         scale = max(1, round(PIXELS / pixels.shape[-1]))
-        return torch.from_numpy(image_grid(pixels, scale=scale, columns=min(COLUMNS, len(self.seeds)))).permute(2, 0, 1)
+        return torch.from_numpy(image_grid(pixels, scale=scale, columns=min(COLUMNS, self.num))).permute(2, 0, 1)
 
     def save(self, path: Path, images: Tensor) -> Tensor:
         """Write the picture as PNG, atomically, and return it."""
@@ -185,8 +223,8 @@ class Validation:
         self.protocol = load_protocol(protocol).pinned()
         self.views = open_views(self.protocol, cache=references_folder())
         prompts = self.protocol.num_images // self.protocol.images_per_prompt
-        self._processes = ALONE if in_step and prompts % processes.count else processes
-        self._share = math.ceil(prompts / self._processes.count) * self.protocol.images_per_prompt
+        self._processes = processes.sharing(prompts, in_step)
+        self._share = self._processes.share(prompts) * self.protocol.images_per_prompt
 
     def scores(self, roles: Roles, distiller: Distiller, step: int) -> dict[str, float]:
         """Return "eval/metric@steps" -> value, and as "fid" the FID at the first step count, by which the best is kept.
@@ -212,7 +250,7 @@ class Validation:
                 num_steps=count,
                 batch_size=self.rows,
                 views=self.views,
-                keeping=Keeping(self.folder / layout.validation_parts(step, count)) if shared else None,
+                keeping=Keeping(self.folder / layout.parts_of_look("validation", step, count)) if shared else None,
                 processes=self._processes,
                 images_per_part=self._share if shared else IMAGES_PER_PART,
             )

@@ -244,9 +244,11 @@ class _Run:
         samples, validation = config.samples, config.validation
         rows = config.sampling_batch_size or self.size
         self.preview = None
-        if samples is not None and (self.is_main or self.split):  # a split network is called by all processes
+        if samples is not None:
             asked = asked_in_samples(config, self.teacher, samples.num)
-            self.preview = Preview(self.teacher, samples.num, config.seed, asked, rows, self.looking.asked_to_stop)
+            self.preview = Preview(
+                self.teacher, samples.num, config.seed, asked, rows, self.folder.path, self.looking, in_step=self.split
+            )
         self.validation = None
         if validation is not None:
             with self.accelerator.main_process_first():  # which may have to measure the real images, and keeps what it found
@@ -467,16 +469,13 @@ class _Run:
         return metrics, []
 
     def _show_samples(self, stage: StageConfig, engine: Engine) -> None:
-        if self.preview is None:
-            self.looking.wait()
-            return
+        assert self.preview is not None
         sampler = engine.distiller.sampler(preview_steps(self.config, stage))
         with self._averaged():
-            images = self.preview.student_images(self.roles, sampler)
+            images = self.preview.student_images(self.roles, sampler, self.done)
         figures = self.preview.figures(images)
         if "fake" in stage.needs.trained:
-            figures["drift/fake_lag"] = self.preview.fake_lag(self.roles, sampler)
-        self.looking.wait()
+            figures["drift/fake_lag"] = self.preview.fake_lag(self.roles, sampler, self.done)
         if self.tracker is None:
             return
         picture = self.preview.save(self.folder.samples / f"{checkpoint.name(self.done)}.png", images)

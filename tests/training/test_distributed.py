@@ -310,11 +310,11 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(teacher, nursery, t
 SIGNALLED = """
 import os, signal, sys
 from diffdistill.training import preview
-true, true_scores, passes = preview.Stoppable.__call__, preview.Validation.scores, None
-def scores(*arguments):
+true, true_look, passes = preview.Stoppable.__call__, preview.%(look)s, None
+def look(*arguments):
     global passes
     passes = []
-    return true_scores(*arguments)
+    return true_look(*arguments)
 def call(stoppable, x_t, t, cond):
     if passes is None:
         return true(stoppable, x_t, t, cond)
@@ -324,28 +324,33 @@ def call(stoppable, x_t, t, cond):
     answer = true(stoppable, x_t, t, cond)
     passes[-1] = True
     return answer
-preview.Stoppable.__call__, preview.Validation.scores = call, scores
-%s
+preview.Stoppable.__call__, preview.%(look)s = call, look
+%(driver)s
 print("passes", len(passes), "answered", sum(passes))
 """
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_signal_to_one_process_in_a_validation_stops_both_before_their_next_pass(teacher, nursery, tmp_path, parallel):
+@pytest.mark.parametrize(
+    ("look", "left"), [("Preview.student_images", ["samples", "validation"]), ("Validation.scores", ["validation"])]
+)
+def test_a_signal_to_one_process_while_images_are_made_stops_both_before_their_next_pass(
+    teacher, nursery, tmp_path, look, left, parallel
+):
     protocol = small_protocol(tmp_path / "protocol.yaml", 60)
-    looks = {"samples": {"every_steps": 2, "num": 3}, "validation": {"every_steps": 2, "steps": [2], "protocol": protocol}}
+    looks = {"samples": {"every_steps": 2, "num": 4}, "validation": {"every_steps": 2, "steps": [2], "protocol": protocol}}
     stages = [{"steps": 1, "method": method} for method in ({"name": "dmd", "regression": {}}, METHODS["dmd2"])]
     changes = {"stages": stages, "pairs": {"num": 3, "steps": 1}, "micro_batch_size": 4, "sampling_batch_size": 100, **looks}
     train(run_config(teacher, tmp_path / "one", **changes), progress=False)
     values, logs = run_values(teacher, tmp_path / "two", parallel=parallel, **changes), [tmp_path / f"log{k}" for k in range(2)]
-    processes = start(nursery, logs, write(tmp_path / "run.yaml", values), code=SIGNALLED % DRIVER)
+    processes = start(nursery, logs, write(tmp_path / "run.yaml", values), code=SIGNALLED % {"look": look, "driver": DRIVER})
     assert [nursery.wait(process) for process in processes] == [0, 0], logs[1].read_text()
     for log in logs:
         assert "passes 2 answered 1" in log.read_text()
         assert "after step 2 of 2; everything is saved" in log.read_text()
-    assert checkpoint.newest(tmp_path / "two" / "checkpoints")[0].state["left"] == ["validation"]
+    assert checkpoint.newest(tmp_path / "two" / "checkpoints")[0].state["left"] == left
     train(parse_config(values), resume=True, progress=False)
-    assert not list((tmp_path / "two").glob(".validation*"))
+    assert not list((tmp_path / "two").glob(".look*"))
     one, two = (
         sorted(map(timeless, lines(tmp_path / name)), key=lambda line: (line["step"], sorted(line))) for name in ("one", "two")
     )

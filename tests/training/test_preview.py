@@ -20,12 +20,13 @@ from diffdistill.models.denoiser import Denoiser
 from diffdistill.models.loading import load_teacher
 from diffdistill.models.roles import build_roles
 from diffdistill.processes import ALONE
+from diffdistill.sampling.noise import Noise
 from diffdistill.sampling.sampler import Sampler
 from diffdistill.training import checkpoint, drift, preview, run
 from diffdistill.training.building import build_distiller, build_run_roles, open_teacher
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
-from diffdistill.training.stopping import stopping_together
+from diffdistill.training.stopping import Interrupted, stopping_together
 
 
 def test_saturation_is_the_share_of_values_at_the_ends():
@@ -61,12 +62,101 @@ class Shrunk(Denoiser):
 
 
 def test_fake_lag_is_below_one_for_a_fake_nearer_to_the_student_than_the_teacher():
-    samples, cond = [torch.ones(3, 1, 2, 2)], Condition.none(3)
-    lag = drift.fake_lag(Shrunk(0.9), Shrunk(0.5), samples, cond, torch.Generator())
-    assert lag == pytest.approx(0.1 / 0.5)
-    assert drift.fake_lag(Shrunk(0.5), Shrunk(0.9), samples, cond, torch.Generator()) == pytest.approx(5)
+    def lag(fake, teacher, samples):
+        return drift.fake_lag(drift.denoising_errors(fake, teacher, samples, Condition.none(3), Noise(range(3))))
+
+    samples = [torch.ones(3, 1, 2, 2)]
+    assert lag(Shrunk(0.9), Shrunk(0.5), samples) == pytest.approx(0.1 / 0.5)
+    assert lag(Shrunk(0.5), Shrunk(0.9), samples) == pytest.approx(5)
     of_every_step = [*samples, 0.6 * samples[0]]  # errors of 0.3 and 0.1 are added before they are divided
-    assert drift.fake_lag(Shrunk(0.9), Shrunk(0.5), of_every_step, cond, torch.Generator()) == pytest.approx(0.4 / 0.6)
+    assert lag(Shrunk(0.9), Shrunk(0.5), of_every_step) == pytest.approx(0.4 / 0.6)
+    of_every_image = [torch.tensor([1.0, 1.0, 0.6]).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)]  # so are those of images
+    assert lag(Shrunk(0.9), Shrunk(0.5), of_every_image) == pytest.approx((0.1 + 0.1 + 0.3) / (0.5 + 0.5 + 0.1))
+
+
+@pytest.fixture
+def rows_of_threads(monkeypatch):
+    """How many rows the networks of each thread have been asked about; the files of threads are kept apart like those of processes."""
+    rows = collections.Counter()
+    true = preview.Stoppable.__call__
+
+    def call(stoppable, x_t, t, cond):
+        answer = true(stoppable, x_t, t, cond)
+        rows[threading.get_ident()] += len(x_t)
+        return answer
+
+    monkeypatch.setattr(preview.Stoppable, "__call__", call)
+    monkeypatch.setattr(files, "_aside", lambda path: path.with_name(f"{path.name}.{threading.get_ident()}"))
+    return rows
+
+
+def built_for_each_thread(config):
+    """Return teacher and roles for each of two threads, which cannot load them: diffusers patches torch while it does."""
+    teachers = [open_teacher(config, "cpu") for _ in range(2)]
+    return [(teacher, build_run_roles(config, teacher)) for teacher in teachers]
+
+
+def previews(tmp_path, monkeypatch, num, in_step):
+    """Return a function that lets a process make all that is looked at in samples, in passes of one image."""
+    monkeypatch.setattr(preview, "TEACHER_STEPS", 3)
+    config = run_config(save_teacher(tmp_path / "t"), tmp_path / "run", "dmd2")
+    built = built_for_each_thread(config)
+    for _, roles in built:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in (*roles.parameters("student"), *roles.parameters("fake")):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+    def look(processes):
+        teacher, roles = built[processes.index]
+        sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 2), "renoise")
+        looking = preview.Preview(
+            teacher, num, 0, teacher.examples(num), 1, tmp_path, stopping_together(processes), in_step=in_step
+        )
+        images = looking.student_images(roles, sampler, 7)
+        return threading.get_ident(), looking.teacher_images, images, looking.fake_lag(roles, sampler, 7)
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("num", "in_step", "made"),
+    [
+        (5, False, [3, 2]),
+        (1, False, [1, 0]),
+        (4, True, [2, 2]),
+        (5, True, [5, 5]),
+    ],  # split networks need as many passes in each
+)
+def test_processes_share_the_images_of_samples_and_all_get_those_of_one(
+    tmp_path, monkeypatch, rows_of_threads, num, in_step, made
+):
+    look = previews(tmp_path, monkeypatch, num, in_step)
+    _, teachers, students, lag = look(ALONE)
+    passes = sum(rows_of_threads.values()) // num
+    assert passes == 2 + 3 + (2 + 2 * 2 * 3)  # student, teacher; for the lag two networks at three levels of both outputs
+    rows_of_threads.clear()
+    shared = in_threads(2, look)
+    assert [rows_of_threads[thread] for thread, *_ in shared] == [passes * images for images in made]
+    for _, *found in shared:
+        assert torch.equal(found[0], teachers) and torch.equal(found[1], students) and found[2] == lag
+    assert not torch.equal(teachers, students) and abs(lag - 1) > 0.01
+    assert not list(tmp_path.glob(".look*"))
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_process_ends_the_samples_of_all_before_their_next_pass(
+    tmp_path, monkeypatch, rows_of_threads, signalled
+):
+    """It comes before the last pass of one of them, whose student makes three images; the other has made its two and waits."""
+    asked = [0, 0]
+
+    def asked_to_stop(index):
+        asked[index] += 1
+        return index == signalled and asked[index] >= 6
+
+    ends = in_threads(2, previews(tmp_path, monkeypatch, 5, False), asked_to_stop)
+    assert [type(end) for end in ends] == [Interrupted] * 2
+    assert asked == [6, 6] and sorted(rows_of_threads.values()) == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -74,41 +164,27 @@ def test_fake_lag_is_below_one_for_a_fake_nearer_to_the_student_than_the_teacher
     [(61, False, [31, 30]), (60, True, [30, 30]), (61, True, [61, 61])],  # split networks need as many passes in each process
 )
 def test_processes_share_the_images_of_a_validation_and_all_get_the_scores_of_one(
-    tmp_path, monkeypatch, num_images, in_step, made
+    tmp_path, rows_of_threads, num_images, in_step, made
 ):
     config = run_config(save_teacher(tmp_path / "t"), tmp_path / "run")
     protocol = small_protocol(tmp_path / "tiny.yaml", num_images)
-    rows = collections.Counter()
-    true = preview.Stoppable.__call__
-
-    def call(stoppable, x_t, t, cond):
-        rows[threading.get_ident()] += len(x_t)
-        return true(stoppable, x_t, t, cond)
-
-    monkeypatch.setattr(preview.Stoppable, "__call__", call)
-    monkeypatch.setattr(files, "_aside", lambda path: path.with_name(f"{path.name}.{threading.get_ident()}"))  # of threads
-
-    teachers = [open_teacher(config, "cpu") for _ in range(2)]  # not by the threads: diffusers patches torch while it loads
-    roles = [build_run_roles(config, teacher) for teacher in teachers]
-    opening = threading.Lock()
+    built, opening = built_for_each_thread(config), threading.Lock()
 
     def scores(processes):
-        own, distiller = roles[processes.index], build_distiller(config.stages[0], roles[processes.index])
+        teacher, roles = built[processes.index]
         with opening:
-            validation = preview.Validation(
-                teachers[processes.index], protocol, (2, 1), 16, tmp_path, stopping_together(processes), in_step
-            )
-        return threading.get_ident(), validation.scores(own, distiller, 7)
+            validation = preview.Validation(teacher, protocol, (2, 1), 16, tmp_path, stopping_together(processes), in_step)
+        return threading.get_ident(), validation.scores(roles, build_distiller(config.stages[0], roles), 7)
 
     _, alone = scores(ALONE)
-    assert sum(rows.values()) == num_images * (2 + 1)
-    rows.clear()
+    assert sum(rows_of_threads.values()) == num_images * (2 + 1)
+    rows_of_threads.clear()
     shared = in_threads(2, scores)
-    assert [rows[thread] for thread, _ in shared] == [(2 + 1) * images for images in made]
+    assert [rows_of_threads[thread] for thread, _ in shared] == [(2 + 1) * images for images in made]
     for _, found in shared:
         assert found == pytest.approx(alone, rel=1e-5)  # float32 features of other blocks of images
     assert shared[0][1] == shared[1][1]
-    assert not list(tmp_path.glob(".validation*"))
+    assert not list(tmp_path.glob(".look*"))
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +213,16 @@ def largest_batches(teacher, look):
     return found, list(seen.values())
 
 
-def test_pictures_and_lag_do_not_depend_on_the_rows_of_a_pass(latent, monkeypatch):
+def test_pictures_and_lag_do_not_depend_on_the_rows_of_a_pass(latent, tmp_path, monkeypatch):
     monkeypatch.setattr(preview, "TEACHER_STEPS", 5)
     teacher, roles = latent
     teacher = replace(teacher, guidance=2.0)
     sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 2), "renoise")
 
     def look(rows):
-        looking = preview.Preview(teacher, 7, 0, teacher.examples(7), rows)
-        images = looking.student_images(roles, sampler)
-        return looking.teacher_images, images, looking.fake_lag(roles, sampler)
+        looking = preview.Preview(teacher, 7, 0, teacher.examples(7), rows, tmp_path)
+        images = looking.student_images(roles, sampler, 0)
+        return looking.teacher_images, images, looking.fake_lag(roles, sampler, 0)
 
     (teachers, students, lag), largest = largest_batches(teacher, lambda: look(3))
     assert largest == [3, 3]
