@@ -390,7 +390,7 @@ STEPS = """## A step of each recipe
 
 What a step holds at its peak on one GPU, as `diffdistill check` plans it before anything is loaded: all that is kept, and gradients and
 activations of the turn that needs most. The autocast of a GPU, which runs norms in float32, is followed on the CPU. Not counted: what
-kernels and the allocator keep for themselves, and text encoders, which are put aside before the first step. "images" is what making images
+kernels and the allocator keep for themselves, text encoders, which are freed before the first step, and the feature networks of a validation. "images" is what making images
 adds for samples and validation, between steps: a pass without gradient, the autoencoder, as many images decoded as a micro-batch has samples
 (`sampling_batch_size`), and the exchange of the student for its average.
 
@@ -449,8 +449,9 @@ layout never change. Where nothing fits, the run does not start, and the smalles
 
 Every method runs in the shared layout, with two exceptions: with `guidance_input` the student's network has an input that the teacher's
 has not, and the guidance adapters of `agd` are of one role. All seven families recompute their activations
-(`tests/models/test_activation_checkpointing.py`). Text encoders are freed, and on a GPU the autoencoder is moved to the CPU, before the first step and
-after each sample grid and evaluation.
+(`tests/models/test_activation_checkpointing.py`). Text encoders are freed before the first step, when all that data, samples and validation ask for
+is encoded (prompts of a validation lie in `data.cache` with the others); on a GPU the autoencoder is moved to the CPU then, and after each sample grid and
+evaluation.
 """
 
 MEASURED = """## Measured

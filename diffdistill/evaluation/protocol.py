@@ -180,9 +180,15 @@ class Protocol(_Frozen):
 
         Prompts are as many as the images of a block, and in their order; which class a file is of, nothing says.
         """
+        texts = self.texts
+        return None if texts is None else texts[:count]
+
+    @property
+    def texts(self) -> list[str] | None:
+        """Return what the images of all blocks are asked for, in their order; None where it is no text."""
         if self.label_rule not in ("prompts", "shapes"):
             return None
-        return [text for block in range(count // self.num_images) for text in self.asked(block) or ()]  # type: ignore[union-attr]
+        return [text for block in range(len(self.first_seeds)) for text in self._texts(block)]
 
     def seeds(self, block: int) -> range:
         """Return the seeds of the images of one block."""
@@ -193,12 +199,13 @@ class Protocol(_Frozen):
         """Return what each image of a block is asked for: its class, its caption, or nothing (None)."""
         if self.label_rule == "none":
             return None
-        if self.label_rule == "shapes":
+        return self._texts(block) if self.label_rule in ("prompts", "shapes") else self.labels(block)
+
+    def _texts(self, block: int) -> list[str]:
+        if self.prompts is None:
             return draw_scenes(self.num_images, keyed_generator("protocol", self.first_seeds[block])).captions()
-        if self.prompts is not None:
-            texts = self.prompts.read(self.num_images // self.images_per_prompt)
-            return [text for text in texts for _ in range(self.images_per_prompt)]
-        return self.labels(block)
+        texts = self.prompts.read(self.num_images // self.images_per_prompt)
+        return [text for text in texts for _ in range(self.images_per_prompt)]
 
     def labels(self, block: int) -> Tensor:
         """Return the class asked for by each image of one block, int64 (num_images,)."""

@@ -7,8 +7,8 @@ micro-batch, random draws, autocast. For a GPU the operations that its autocast 
 Between steps, where images are made for samples and validation, there are a pass without gradient, the autoencoder with what it
 decodes, and the average's weights in place of the student's; of a step nothing is left then.
 
-Not in a plan: the text encoders, which leave before the first step and are back while validation asks them; and what kernels and the
-allocator keep for themselves.
+Not in a plan: the text encoders, which leave before the first step, when all that data, samples and validation ask for is encoded; the
+feature networks of a validation; and what kernels and the allocator keep for themselves.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from diffdistill.sampling.sampler import Sampler
 from diffdistill.training import drift, layout
 from diffdistill.training.stopping import Diverged, Interrupted
 from diffdistill.training.text_data import texts
+
+if TYPE_CHECKING:
+    from diffdistill.evaluation.protocol import Protocol
 
 TEACHER_STEPS = 50
 COLUMNS = 10
@@ -196,7 +200,8 @@ class Validation:
     """Scores of the student under a protocol; its views are opened once.
 
     Args:
-        protocol: a name or a YAML file.
+        teacher: gives the conditions that the protocol asks for, and the codec.
+        protocol: what is made and scored.
         steps: student step counts to score.
         rows: as in `Preview`.
         folder: where processes put together what they have made.
@@ -207,20 +212,18 @@ class Validation:
     def __init__(
         self,
         teacher: Teacher,
-        protocol: str,
+        protocol: Protocol,
         steps: tuple[int, ...],
         rows: int,
         folder: Path,
         processes: Processes = ALONE,
         in_step: bool = False,
     ) -> None:
-        from diffdistill.evaluation.protocol import load_protocol
         from diffdistill.evaluation.reference import references_folder
         from diffdistill.evaluation.views import open_views
 
-        self.teacher, self.steps, self.rows, self.folder = teacher, steps, rows, folder
+        self.teacher, self.protocol, self.steps, self.rows, self.folder = teacher, protocol, steps, rows, folder
         self._asked_to_stop = processes.asked_to_stop
-        self.protocol = load_protocol(protocol).pinned()
         self.views = open_views(self.protocol, cache=references_folder())
         prompts = self.protocol.num_images // self.protocol.images_per_prompt
         self._processes = processes.sharing(prompts, in_step)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.config import RunConfig, StageConfig, TextData, with_overrides
+from diffdistill.config import RunConfig, StageConfig, TextData, ValidationConfig, with_overrides
 from diffdistill.errors import MachineError, UserError
 from diffdistill.export.plan import plan
 from diffdistill.files import is_full
@@ -50,7 +50,7 @@ from diffdistill.training.progress import Progress, peak_memory_gib
 from diffdistill.training.sharding import check_parallel, from_main
 from diffdistill.training.stopping import Diverged, Interrupted, Stopped, StopSignals, stopping_together
 from diffdistill.training.stored import StoredStates, origin_of
-from diffdistill.training.text_data import texts
+from diffdistill.training.text_data import texts, with_encoded
 from diffdistill.training.tracking import Tracker
 
 DEFAULT_STEPS = 4  # of the student in previews, where neither the method nor the validation names a number
@@ -249,19 +249,24 @@ class _Run:
             self.preview = Preview(
                 self.teacher, samples.num, config.seed, asked, rows, self.folder.path, self.looking, in_step=self.split
             )
-        self.validation = None
-        if validation is not None:
-            with self.accelerator.main_process_first():  # which may have to measure the real images, and keeps what it found
-                self.validation = Validation(
-                    self.teacher,
-                    validation.protocol,
-                    validation.steps,
-                    rows,
-                    self.folder.path,
-                    self.looking,
-                    in_step=self.split,
+        self.validation = None if validation is None else self._build_validation(validation, rows)
+        self.teacher.put_aside()  # what samples and validation ask for is encoded
+
+    def _build_validation(self, settings: ValidationConfig, rows: int) -> Validation:
+        """Open the validation, of a teacher that needs no text encoder: they would lie beside the networks whenever it is asked."""
+        from diffdistill.evaluation.protocol import load_protocol
+
+        protocol, teacher, data = load_protocol(settings.protocol).pinned(), self.teacher, self.config.data
+        if isinstance(data, TextData):
+            prompts = protocol.texts
+            if prompts is None:
+                raise UserError(
+                    f"the validation's protocol {protocol.name!r} asks for no prompts, and {teacher.path} makes images from text. "
+                    "Name one whose label_rule is prompts or shapes."
                 )
-        self.teacher.put_aside()  # the preview had its prompts encoded
+            teacher = with_encoded(teacher, prompts, data.cache, self.processes, self.show)
+        with self.accelerator.main_process_first():  # which may have to measure the real images, and keeps what it found
+            return Validation(teacher, protocol, settings.steps, rows, self.folder.path, self.looking, in_step=self.split)
 
     def _check_export(self, teacher: Teacher) -> None:
         """Refuse a run whose student cannot leave as it is meant to; it reads no weights."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from diffdistill.data.captioned import ImageReader, fingerprint, load_captioned
 from diffdistill.data.prompts import read_prompts
 from diffdistill.data.shapes import SIDE, shape_captions, shapes
 from diffdistill.errors import UserError
-from diffdistill.models.conditioning import PromptConditioner
+from diffdistill.models.conditioning import Asked, Conditioning, PromptConditioner
 from diffdistill.models.loading import Teacher
 from diffdistill.models.network import Framing
 from diffdistill.processes import ALONE, Processes
@@ -56,12 +58,61 @@ def text_source(
     if isinstance(data, CaptionsData):
         source = _captioned_source(data, teacher, conditioner, processes, show)
     else:
-        filling = _prompts(data, conditioner) if isinstance(data, PromptsData) else _shapes(data, teacher, conditioner)
+        filling = (
+            _prompts(texts(data), data.cache, conditioner)
+            if isinstance(data, PromptsData)
+            else _shapes(data, teacher, conditioner)
+        )
         _fill([filling], processes, show)
         source = CachedSource(filling.cache)
     conditioner.null  # noqa: B018 (encoded while the encoders are here)
     conditioner.release()
     return source
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """A `Conditioner` of prompts that lie encoded in a cache, and of no others; it needs no text encoder.
+
+    Attributes:
+        cache: their values.
+        places: where in it each prompt is.
+        null, fingerprint: of the conditioner that encoded them.
+        device: where conditions are wanted.
+    """
+
+    cache: TensorCache
+    places: Mapping[str, int]
+    null: Mapping[str, Tensor]
+    fingerprint: str
+    device: torch.device
+    conditioning: ClassVar[Conditioning] = "text"
+
+    def values(self, asked: Asked, batch_size: int | None = None) -> dict[str, Tensor]:
+        """Return the values of these prompts, (B, ...) each."""
+        assert asked is not None and not isinstance(asked, Tensor)
+        rows = self.cache.rows(torch.tensor([self.places[prompt] for prompt in asked]))
+        return {name: value.to(self.device) for name, value in rows.items()}
+
+
+def with_encoded(
+    teacher: Teacher, prompts: Sequence[str], cache: Path, processes: Processes = ALONE, show: bool = False
+) -> Teacher:
+    """Return the teacher as it can be asked for these prompts without its text encoders, after whatever was missing has been encoded.
+
+    The text encoders stay, in the teacher given.
+
+    Args:
+        prompts: repeated ones are encoded once.
+        cache: folder of encoded prompts.
+        teacher, processes, show: as for `text_source`; so is what is raised.
+    """
+    conditioner = _conditioner(teacher)
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    filling = _prompts(list(places), cache, conditioner)
+    _fill([filling], processes, show)
+    encoded = EncodedPrompts(filling.cache, places, conditioner.null, conditioner.fingerprint, conditioner.device)
+    return replace(teacher, conditioner=encoded)
 
 
 def _captioned_source(
@@ -123,10 +174,9 @@ def _conditioner(teacher: Teacher) -> PromptConditioner:
     return teacher.conditioner
 
 
-def _prompts(data: PromptsData, conditioner: PromptConditioner) -> _Filling:
-    prompts = read_prompts(data.path, data.column)
-    key = content_key(kind="prompts", encoders=conditioner.fingerprint, prompts=prompts, constants=_plain(conditioner))
-    return _Filling(TensorCache(data.cache, key, len(prompts)), lambda rows: conditioner.values(_pick(prompts, rows)))
+def _prompts(prompts: Sequence[str], cache: Path, conditioner: PromptConditioner) -> _Filling:
+    key = content_key(kind="prompts", encoders=conditioner.fingerprint, prompts=list(prompts), constants=_plain(conditioner))
+    return _Filling(TensorCache(cache, key, len(prompts)), lambda rows: conditioner.values(_pick(prompts, rows)))
 
 
 def _sizes(data: CaptionsData, teacher: Teacher) -> Sequence[Bucket]:

@@ -5,10 +5,15 @@ import gc
 import pytest
 import torch
 import transformers
+import yaml
 from test_text_runs import LCM, config, place  # noqa: F401 (a fixture)
 from tiny_runs import run_config, save_teacher
 
+from diffdistill.config import parse_config
+from diffdistill.evaluation import reference
+from diffdistill.evaluation.protocol import load_protocol
 from diffdistill.memory import LiveBytes, nbytes
+from diffdistill.training import preview
 from diffdistill.training.building import open_stage, open_teacher
 from diffdistill.training.engine import Engine
 from diffdistill.training.planning import plan_memory
@@ -41,6 +46,41 @@ def test_no_text_encoder_is_alive_in_a_step(place, looking):  # noqa: F811
     looking.append(lambda engine: alive.append(len(text_encoders())))
     train(config(place, "freed", LCM, "captions", samples={"every_steps": 1, "num": 2}), progress=False)
     assert alive == [before] * 6
+
+
+def test_no_text_encoder_is_alive_while_samples_and_scores_are_made(tmp_path, monkeypatch):
+    """All that they ask for is encoded before the first step, where there are no activations yet."""
+    monkeypatch.setenv("DIFFDISTILL_REFERENCES", str(tmp_path / "references"))
+    monkeypatch.setattr(reference, "NUM_DRAWN", 100)
+    monkeypatch.setattr(preview, "TEACHER_STEPS", 2)
+    protocol = load_protocol("shapes-short").model_dump(mode="json") | {"num_images": 20, "jackknife_groups": 5}
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    before, alive, looks, true = len(text_encoders()), {}, [], preview.Stoppable.__call__
+
+    def call(*arguments):
+        alive.setdefault(looks[-1], []).append(len(text_encoders()))
+        return true(*arguments)
+
+    def noting(each, name):
+        method = getattr(each, name)
+        monkeypatch.setattr(each, name, lambda *arguments: (looks.append(name), method(*arguments))[1])
+
+    monkeypatch.setattr(preview.Stoppable, "__call__", call)
+    noting(preview.Preview, "student_images")
+    noting(preview.Validation, "scores")
+    values = {
+        "teacher": "shapes-sd",
+        "output": str(tmp_path / "run"),
+        "data": {"kind": "shapes", "num": 8, "cache": str(tmp_path / "cache")},
+        "roles": {"layout": "shared", "lora": {"rank": 2}},
+        "stages": [{"steps": 1, "method": LCM}],
+        "batch_size": 2,
+        "samples": {"every_steps": 1, "num": 2},
+        "validation": {"every_steps": 1, "steps": [1], "protocol": str(tmp_path / "protocol.yaml")},
+        "sampling_batch_size": 10,
+    }
+    train(parse_config(values), progress=False)
+    assert alive == {"student_images": [before] * (1 + 2), "scores": [before] * 2}  # student, teacher; in parts of ten
 
 
 @pytest.mark.gpu

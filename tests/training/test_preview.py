@@ -11,6 +11,7 @@ from thread_processes import in_threads
 from tiny_runs import run_config, save_teacher, small_protocol
 
 from diffdistill import files
+from diffdistill.evaluation.protocol import load_protocol
 from diffdistill.math import grids
 from diffdistill.math.prediction import Prediction
 from diffdistill.math.schedules import RectifiedFlowSchedule
@@ -167,7 +168,7 @@ def test_processes_share_the_images_of_a_validation_and_all_get_the_scores_of_on
     tmp_path, rows_of_threads, num_images, in_step, made
 ):
     config = run_config(save_teacher(tmp_path / "t"), tmp_path / "run")
-    protocol = small_protocol(tmp_path / "tiny.yaml", num_images)
+    protocol = load_protocol(small_protocol(tmp_path / "tiny.yaml", num_images))
     built, opening = built_for_each_thread(config), threading.Lock()
 
     def scores(processes):
@@ -235,14 +236,14 @@ def test_pictures_and_lag_do_not_depend_on_the_rows_of_a_pass(latent, tmp_path, 
 
 def test_scores_do_not_depend_on_the_rows_of_a_pass(latent, tmp_path):
     teacher, roles = latent
-    protocol = small_protocol(tmp_path / "tiny.yaml", 100)
+    protocol = load_protocol(small_protocol(tmp_path / "tiny.yaml", 100))
 
     class Method:
         def sampler(self, count):
             return Sampler(grids.trailing(teacher.denoiser.schedule, count), "renoise", guidance=2.0)
 
     def scores(rows):
-        validation = preview.Validation(teacher, str(protocol), (1,), rows, tmp_path)
+        validation = preview.Validation(teacher, protocol, (1,), rows, tmp_path)
         return largest_batches(teacher, lambda: validation.scores(roles, Method(), 0))
 
     (few, largest), (many, at_once) = scores(16), scores(100)

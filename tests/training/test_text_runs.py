@@ -25,10 +25,12 @@ from diffdistill.training.data_feed import build_source
 from diffdistill.training.loading import load_run
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
+from diffdistill.training.text_data import with_encoded
 
 PROMPTS = ["a fox", "a house", "a tree"]
 DMD2 = {"name": "dmd2", "student_steps": 2, "guidance": 3.0, "student_every": 1}
 LCM = {"name": "lcm", "solver_steps": 10, "guidance": [2.0, 4.0]}
+OF_DIGITS = {"every_steps": 1, "steps": [2], "protocol": "digits-short"}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,19 @@ def test_text_is_encoded_once_and_the_encoders_leave(place, monkeypatch):
     build_source(run, again, show=True)
 
 
+def test_a_teacher_is_asked_for_encoded_prompts_without_its_encoders(place, tmp_path, monkeypatch):
+    teacher = load_teacher(place / "sd", size=16)
+    wanted = teacher.condition(["a moon", "a fox", "a fox"])
+    encoded = with_encoded(teacher, ["a fox", "a moon", "a fox"], tmp_path)
+    teacher.put_aside()
+    monkeypatch.setattr(PromptConditioner, "_load", lambda *_: pytest.fail("the prompts are in the cache"))
+    found = encoded.condition(["a moon", "a fox", "a fox"])
+    assert found.batch_size == 3 and not torch.equal(*wanted.values["encoder_hidden_states"][:2])
+    for one, other in ((found.values, wanted.values), (found.null, wanted.null)):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
+    with_encoded(teacher, ["a fox", "a moon"], tmp_path)  # each is encoded once
+
+
 def test_encoding_is_shown_shard_by_shard_and_only_where_something_is_missing(place, tmp_path, capsys):
     (tmp_path / "many.txt").write_text("".join(f"a fox and {k} trees\n" for k in range(257)))  # one more than a shard holds
     data = {"kind": "prompts", "path": str(tmp_path / "many.txt"), "cache": str(tmp_path / "cache")}
@@ -228,6 +243,7 @@ def _with_data(place: Path, data: dict[str, Any]) -> dict[str, Any]:
     [
         (lambda p: config(p, "x", LCM, "prompts"), "learns from images"),
         (lambda p: build_source(config(p, "x", DMD2), load_teacher("digits-unet")), "reads no text"),
+        (lambda p: train(config(p, "x", DMD2, validation=OF_DIGITS), progress=False), "'digits-short' asks for no prompts"),
         (
             lambda p: build_source(parse_config(_with_data(p, {"kind": "labels"})), load_teacher(p / "sd")),
             "makes images from text",
