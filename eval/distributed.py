@@ -7,9 +7,9 @@ the order of sums alone, so the bound, 1e-6 relative to the largest value of a k
 With --keep every training leaves a checkpoint of its middle there, and those of other numbers of processes are gone on with: by all
 processes from the one of a single process, and of an earlier launch with the same folder, and by a single process from theirs.
 
-    torchrun --standalone --nproc-per-node 4 eval/distributed.py [--teacher digits-unet] [--steps 20] [--cases short] [--keep FOLDER] [-o four.json]
-    torchrun --standalone --nproc-per-node 2 eval/distributed.py ... --keep FOLDER -o two.json       # 1 to 2, 4 to 2, 2 to 1
-    python eval/distributed.py --table two.json four.json       # the table of docs/scale.md
+    torchrun --standalone --nproc-per-node 4 eval/distributed.py [--teacher digits-unet] [--steps 20] [--cases short] [--keep FOLDER] [-o FILE]
+    torchrun --standalone --nproc-per-node 2 eval/distributed.py ... --keep FOLDER -o FILE       # 1 to 2, 4 to 2, 2 to 1
+    python eval/distributed.py --table eval/results/distributed_2.json eval/results/distributed_4.json       # the table of docs/scale.md
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ def differences(several: Left | None, one: Left) -> dict[str, float]:
 def table(files: list[Path]) -> str:
     """Return what several runs found, as a table of the largest difference of each case."""
     found = [json.loads(file.read_bytes()) for file in files]
-    head = ["case", *(f"{kind}, {run['processes']} processes" for run in found for kind in next(iter(run["cases"].values())))]
+    columns = [(kind, run["processes"]) for run in found for kind in next(iter(run["cases"].values()))]
+    head = ["case", *(kind if kind.startswith("resumed") else f"{kind}, {count} processes" for kind, count in columns)]
     rows = [[case, *(f"{value:.0e}" for run in found for value in run["cases"][case].values())] for case in found[0]["cases"]]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -186,6 +187,14 @@ def test_several_processes_compute_what_one_does_and_go_on_with_what_others_left
         assert all(value < 1e-12 for row in rows.values() for value in row.values())  # float64 sums in another order
         ways = [{name.removeprefix("resumed ") for name in row if name.startswith("resumed ")} for row in rows.values()]
         assert ways.count(resumed) == 1 and ways.count(set()) == 7  # DMD2: three roles with moments, an average
+
+
+def test_the_table_of_the_docs_is_that_of_the_kept_results():
+    script, kept = runpy.run_path(str(ROOT / "eval" / "distributed.py")), ROOT / "eval" / "results"
+    files = [kept / f"distributed_{count}.json" for count in (2, 4)]
+    assert f"\n{script['table'](files)}\n" in (ROOT / "docs" / "scale.md").read_text()
+    rows = [row for file in files for row in json.loads(file.read_text())["cases"].values()]
+    assert len(rows) == 2 * len(script["LONG"]) and max(value for row in rows for value in row.values()) < 1e-12
 
 
 SPLIT_FAMILIES = """
