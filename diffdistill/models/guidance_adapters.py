@@ -58,7 +58,11 @@ class GuidanceAdapterSpec(BaseModel):
     ] = "offset"
     hidden_dim: Annotated[
         int | None,
-        Field(ge=2, multiple_of=2, description="H, width of the adapters, even; null: that of the widest adapted block, at most 320"),
+        Field(
+            ge=2,
+            multiple_of=2,
+            description="H, width of the adapters, even; null: that of the widest adapted block, at most 320",
+        ),
     ] = None
     targets: Annotated[
         str | tuple[str, ...],
