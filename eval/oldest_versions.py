@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ def run(python: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
 
 def write(place: Path, exports: Path) -> None:
     """Export what the tests of text-to-image students export, and every transformer's whole pipeline; bases are in `place`."""
-    sys.path.insert(0, str(ROOT / "tests" / "export"))
+    builders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["pythonpath"]
+    sys.path[:0] = [str(ROOT / folder) for folder in ("tests/export", *builders)]
     from test_text_export import GOOD, write
 
     merged = {f"{name}-merged": (name, "ddim", "merged", "merged") for name in ("sdxl", "pixart", "sd3", "flux", "sana")}
