@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
 from evaluations import evaluation, summary
 from fake_runs import lines, write_run
+from nursery import wait_until
 
 from diffdistill import scoring
 from diffdistill.errors import UserError
@@ -27,27 +25,25 @@ def protocol(tmp_path) -> str:
     return str(path)
 
 
-def environment(folder):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DIFFDISTILL_REFERENCES": str(folder)}
+VERB = "import sys; from diffdistill.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_in_two_processes_and_gives_what_one_gives(protocol, tmp_path, monkeypatch):
-    verb = ["-m", "diffdistill", "eval", "digits-unet", "--protocol", protocol, "--steps", "2", "-o", str(tmp_path / "out")]
-    started = subprocess.Popen([sys.executable, *verb], env=environment(tmp_path), stdout=subprocess.DEVNULL)
+def test_a_killed_evaluation_goes_on_in_two_processes_and_gives_what_one_gives(protocol, nursery, tmp_path, monkeypatch):
+    arguments = ["eval", "digits-unet", "--protocol", protocol, "--steps", "2", "-o", tmp_path / "out"]
+    settings = {"code": VERB, "DIFFDISTILL_REFERENCES": str(tmp_path)}
+    started = nursery.start(tmp_path / "log", *arguments, **settings)
     parts = tmp_path / "out" / ".steps-2.parts"
-    while not list(parts.glob("*.safetensors")) and started.poll() is None:
-        time.sleep(0.02)
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    wait_until(lambda: list(parts.glob("*.safetensors")))
+    os.kill(started, signal.SIGKILL)
+    assert nursery.wait(started) == -signal.SIGKILL
     assert 1 <= len(list(parts.glob("*.safetensors"))) < 3 and not (tmp_path / "out" / "steps-2.json").exists()
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run(
-        [*launcher, sys.executable, *verb], env=environment(tmp_path), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("FID") == 1  # only the main process speaks
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    codes = [nursery.wait(process) for process in nursery.start_group(logs, *arguments, **settings)]
+    said = [log.read_text() for log in logs]
+    assert codes == [0, 0], said
+    assert said[0].count("FID") == 1 and "FID" not in said[1]  # only the main process speaks
     assert not parts.exists()
 
     monkeypatch.setenv("DIFFDISTILL_REFERENCES", str(tmp_path))

@@ -5,7 +5,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,9 @@ import text_pipelines
 import torch
 import yaml
 from diffusers import DDIMScheduler, DiTPipeline
+from nursery import wait_until
 from test_checkpoint import flip
-from tiny_runs import CLOCKED, DRIVER, METHODS, Nursery, run_config, run_values, save_teacher, small_protocol
+from tiny_runs import CLOCKED, DRIVER, METHODS, run_config, run_values, save_teacher, small_protocol
 
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
@@ -102,29 +102,13 @@ def test_two_processes_under_torchrun_equal_one(teacher, tmp_path):
     assert session["processes"] == 2
 
 
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def start(nursery, logs, *arguments, code=DRIVER):
+    """Start one process for each log."""
+    return nursery.start_group(logs, *arguments, code=code)
 
 
-def start(nursery, logs, *arguments, **more):
-    """Start one process for each log, without a launcher, and return their ids."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": str(len(logs)), "LOCAL_WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        nursery.start(log, *arguments, **group, RANK=str(rank), LOCAL_RANK=str(rank), **more) for rank, log in enumerate(logs)
-    ]
-
-
-def wait_for(log, text, seconds=100):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not (log.exists() and text in log.read_text()):
-        time.sleep(0.05)
-    assert text in log.read_text()
+def wait_for(log, text):
+    wait_until(lambda: log.exists() and text in log.read_text())
 
 
 def outputs_after_a_signal_to_one(nursery, values, folder, shown):
@@ -177,7 +161,14 @@ def test_a_split_run_equals_one_process_and_goes_on_in_any_number(teacher, nurse
 
 def test_several_processes_compute_what_one_does_and_go_on_with_what_others_left(teacher, nursery, tmp_path):
     script = (ROOT / "eval" / "distributed.py").read_text()
-    settings = ("--teacher", teacher, "--cases", "short", "--steps", 4, "--keep", tmp_path / "middle")
+    settings = (
+        "--teacher",
+        teacher,
+        "--steps",
+        3,
+        "--keep",
+        tmp_path / "middle",
+    )  # the student moves in the first and the last
     for count, resumed in ((4, {"1 to 4", "4 to 1"}), (2, {"1 to 2", "4 to 2", "2 to 1"})):
         output, logs = tmp_path / f"{count}.json", [tmp_path / f"log{count}-{rank}" for rank in range(count)]
         processes = start(nursery, logs, *settings, "-o", output, code=script)

@@ -1,10 +1,5 @@
 """The end of one process ends the others, and they say which one and why; a good end ends nobody else."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -22,26 +17,16 @@ with Lifeline(index, 3, torch.device("cpu"), lambda: "Here is what to do."):
 """
 
 
-def outcomes(folder, *code):
-    """Run three processes with a line of code each; return exit status and stderr of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    logs = [open(folder / f"log{rank}", "w+") for rank in range(3)]  # noqa: SIM115
-    processes = [
-        subprocess.Popen([sys.executable, "-c", MEMBER, *code], env={**os.environ, **group, "RANK": str(rank)}, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    codes = [process.wait(timeout=250) for process in processes]
-    for log in logs:
-        log.seek(0)
-    return codes, [log.read() for log in logs]
+def outcomes(nursery, folder, *code):
+    """Run three processes with a line of code each; return exit status and output of each."""
+    logs = [folder / f"log{rank}" for rank in range(3)]
+    codes = [nursery.wait(process) for process in nursery.start_group(logs, *code, code=MEMBER)]
+    return codes, [log.read_text() for log in logs]
 
 
-def test_an_error_in_one_process_reaches_those_that_wait_for_it_and_those_that_hang(tmp_path):
+def test_an_error_in_one_process_reaches_those_that_wait_for_it_and_those_that_hang(nursery, tmp_path):
     waits, hangs = "torch.distributed.barrier()", "time.sleep(3000)"
-    codes, said = outcomes(tmp_path, waits, hangs, "raise UserError('no such file.')")
+    codes, said = outcomes(nursery, tmp_path, waits, hangs, "raise UserError('no such file.')")
     assert codes == [1, 1, 1]
     for rank in (0, 1):
         assert "process 2 (pid " in said[rank] and " ended with UserError: no such file. What it said last" in said[rank], said[
@@ -51,6 +36,8 @@ def test_an_error_in_one_process_reaches_those_that_wait_for_it_and_those_that_h
     assert "So this run cannot go on" not in said[2]
 
 
-def test_processes_may_end_well_one_after_another(tmp_path):
-    codes, said = outcomes(tmp_path, "time.sleep(1)", "pass", "time.sleep(2)")  # the first, which keeps the store, in between
+def test_processes_may_end_well_one_after_another(nursery, tmp_path):
+    codes, said = outcomes(
+        nursery, tmp_path, "time.sleep(1)", "pass", "time.sleep(2)"
+    )  # the first, which keeps the store, in between
     assert codes == [0, 0, 0], said

@@ -4,14 +4,14 @@ import json
 import os
 import re
 import signal
-import time
 
 import pytest
 import torch
 import yaml
+from nursery import wait_until
 from safetensors.torch import load_file, save_file
 from test_checkpoint import flip, truncate
-from tiny_runs import CLOCKED, METHODS, final_hashes, run_config, run_values, save_teacher, start
+from tiny_runs import CLOCKED, DRIVER, METHODS, final_hashes, run_config, run_values, save_teacher
 
 from diffdistill.config import load_config
 from diffdistill.data.batches import ImageSource
@@ -177,15 +177,14 @@ def whole_lines(path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(teacher, tmp_path):
-    config = tmp_path / "run.yaml"
+def test_sigterm_saves_and_exits_with_0(teacher, nursery, tmp_path):
+    config, log = tmp_path / "run.yaml", tmp_path / "log"
     config.write_text(yaml.safe_dump(run_values(teacher, tmp_path / "run", steps=100000)))
-    process = start(config)
-    while process.poll() is None and newest_step(tmp_path / "run") < 2:
-        time.sleep(0.05)
-    process.terminate()
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+    process = nursery.start(log, config, code=DRIVER)
+    wait_until(lambda: newest_step(tmp_path / "run") >= 2)
+    os.kill(process, signal.SIGTERM)
+    code, output = nursery.wait(process), log.read_text()
+    assert code == 0, output
     assert "stopped by SIGTERM after step" in output and "--resume" in output
     found, notes = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert notes == [] and f"after step {found.step} of" in output
