@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from nursery import Nursery
@@ -41,3 +44,15 @@ def nursery() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
     nursery.close()
+
+
+@pytest.fixture
+def checked_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports be verified here: the imports of a process of its own take longer than everything else in such a test."""
+    from diffdistill.export import stock_check
+
+    def run(folders: list[str], base: str | None) -> dict[str, Any]:
+        results = [stock_check.check_folder(Path(folder), base) for folder in folders]
+        return {"results": results, "versions": {}, "diffdistill_modules": []}
+
+    monkeypatch.setattr(sys.modules["diffdistill.export.verify"], "_run", run)

@@ -363,18 +363,7 @@ def test_script_prints_a_table_and_fails_if_one_folder_fails(place, verified, mo
     assert stock_check.main() == 0
 
 
-@pytest.fixture
-def in_this_process(monkeypatch) -> None:
-    """Run the check here: the imports of a process of its own take longer than everything else in these tests."""
-
-    def run(folders: list[str], base: str | None) -> dict[str, Any]:
-        results = [stock_check.check_folder(Path(folder), base) for folder in folders]
-        return {"results": results, "versions": {}, "diffdistill_modules": []}
-
-    monkeypatch.setattr(sys.modules["diffdistill.export.verify"], "_run", run)
-
-
-def test_guided_and_unconditional_students_and_moved_bases_are_verified_inside_export(place, in_this_process):
+def test_guided_and_unconditional_students_and_moved_bases_are_verified_inside_export(place, checked_in_this_process):
     guided = load_teacher(save_dit(place / "dit1000", num_classes=1000, learn_variance=False))
     manifest = export(guided, distorted(guided, None), trailing(guided, "ddim", 2, guidance=3.0), place / "guided")
     assert manifest.verification.passed and manifest.guidance == 3.0
@@ -389,7 +378,7 @@ def test_guided_and_unconditional_students_and_moved_bases_are_verified_inside_e
     assert verify(place / "unconditional", base=str(place / "moved")).passed
 
 
-def test_an_export_that_stock_diffusers_does_not_reproduce_is_not_written(place, unet, in_this_process):
+def test_an_export_that_stock_diffusers_does_not_reproduce_is_not_written(place, unet, checked_in_this_process):
     teacher = load_teacher(unet)
     roles = distorted(teacher, None)
 

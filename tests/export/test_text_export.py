@@ -201,7 +201,7 @@ def test_the_check_is_made_on_the_smallest_images_and_the_card_asks_for_the_own_
     assert states.shape[-2:] == (size // 2, size // 2)
 
 
-def test_the_check_is_made_on_images_of_the_size_asked_for(place):
+def test_the_check_is_made_on_images_of_the_size_asked_for(place, checked_in_this_process):
     teacher, roles = student("sdxl", place)
     sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 2), "ddim")
     manifest = export(teacher, roles, sampler, place / "sized", check_size=24)

@@ -65,8 +65,8 @@ def config(place: Path, output: str, method: dict[str, Any], data: str = "prompt
 
 
 @pytest.mark.slow
-def test_prompts_in_and_a_verified_lora_out(place):
-    """DMD2 with guidance on one backbone, data-free; the export is checked by stock diffusers in a new process."""
+def test_prompts_in_and_a_verified_lora_out(place, checked_in_this_process):
+    """DMD2 with guidance on one backbone, data-free; the export is checked by stock diffusers."""
     run = config(place, "dmd2", DMD2)
     train(run, progress=False)
     loaded = load_run(place / "dmd2")
@@ -113,7 +113,7 @@ def test_captioned_images_train_lcm_lora_and_the_run_repeats_itself(place):
     assert load_run(place / "lcm").sampler(4).rule == "renoise"
 
 
-def test_a_half_precision_base_trains_and_leaves_as_a_verified_lora(place):
+def test_a_half_precision_base_trains_and_leaves_as_a_verified_lora(place, checked_in_this_process):
     run = config(place, "bf16", DMD2, teacher_options={"size": 16, "dtype": "bf16"})
     train(run, progress=False)
     loaded = load_run(place / "bf16")
@@ -123,7 +123,7 @@ def test_a_half_precision_base_trains_and_leaves_as_a_verified_lora(place):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-def test_a_base_rounded_to_int8_trains_adapters_that_leave_for_the_base_s_own_weights(place):
+def test_a_base_rounded_to_int8_trains_adapters_that_leave_for_the_base_s_own_weights(place, checked_in_this_process):
     """Adapters move, codes do not; the exports are checked on the weights as they are, and say what they were trained on."""
     train(config(place, "int8", DMD2, teacher_options={"size": 16, "quantize": "int8"}), progress=False)
     loaded, fresh = load_run(place / "int8"), load_teacher(place / "sd", size=16, quantized="int8")
