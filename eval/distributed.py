@@ -112,6 +112,7 @@ SHORT = [
     Case("vsd", SHARED, "fsdp"),
     Case("agd", SHARED_ADAPTERS, "fsdp", checkpointing=True),
 ]
+SHORTEST = [SHORT[0], GOES_ON, SHORT[-1]]  # all and some weights trained, averaged gradients and split networks
 LONG = [
     Case(method, roles, parallel, checkpointing=roles is not COPIES)
     for method in PROVEN
@@ -123,6 +124,7 @@ LONG = [
     Case("agd", COPIES, "fsdp"),
     Case("agd", SHARED_ADAPTERS, "fsdp", checkpointing=True),
 ]
+CASES = {"shortest": SHORTEST, "short": SHORT, "long": LONG}
 
 
 class Alone:
@@ -262,7 +264,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="digits-unet", help="name or folder")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cases", choices=("short", "long"), default="long")
+    parser.add_argument("--cases", choices=CASES, default="long")
     parser.add_argument("--keep", type=Path, help="folder of checkpoints of the middle, on a disk that the processes share")
     parser.add_argument("-o", "--output", type=Path, help="write the differences there as JSON")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of such files, and run nothing")
@@ -273,10 +275,10 @@ def main() -> int:
     accelerator = build_accelerator("fp32")
     first = accelerator.process_index == 0
     rows: dict[str, dict[str, float]] = {}
-    for number, case in enumerate(SHORT if arguments.cases == "short" else LONG):
+    for case in CASES[arguments.cases]:
         begin = time.perf_counter()
-        keep = arguments.keep and arguments.keep / str(number)
-        if arguments.cases == "short" and case != GOES_ON:
+        keep = arguments.keep and arguments.keep / str(case)
+        if arguments.cases != "long" and case != GOES_ON:
             keep = None
 
         def train(group: Any, case: Case = case, **places: Path | None) -> Left | None:
