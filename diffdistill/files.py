@@ -15,6 +15,10 @@ import os
 import platform
 import re
 import shutil
+import signal
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +132,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _fsync(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yield a folder of the temporary directory and remove it in the end, also that by SIGTERM, which then ends the program as an exit does.
+
+    Outside the main thread, where Python allows no handlers, SIGTERM leaves the folder behind.
+    """
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        if threading.current_thread() is not threading.main_thread():
+            yield Path(folder)
+            return
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            yield Path(folder)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def remove_leftovers(folder: str | Path) -> None:

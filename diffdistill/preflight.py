@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel
 from diffdistill.config import CheckpointConfig, LoggingConfig, RunConfig, load_config, parse_config
 from diffdistill.errors import UserError
 from diffdistill.export import plan as export_plan
+from diffdistill.files import temporary_folder
 from diffdistill.listing import columns
 from diffdistill.memory import NAMES, MemoryPlan, MemoryRow, readable
 from diffdistill.training.loading import LoadedRun, load_run
@@ -134,8 +134,8 @@ def check(
     else:
         plan = plan_memory(config, device_type)
     on_plan(plan, picked)
-    with tempfile.TemporaryDirectory(prefix="diffdistill-check-") as folder:
-        trial = _trial(config, Path(folder) / "run")
+    with temporary_folder("diffdistill-check-") as folder:
+        trial = _trial(config, folder / "run")
         result = train(trial, progress=False)
         measured = torch.cuda.max_memory_allocated() if on_gpu else None
         run = load_run(result.folder)

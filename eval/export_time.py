@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -20,6 +18,7 @@ import transformers
 from memory import sd15
 
 from diffdistill.export import export, verify
+from diffdistill.files import temporary_folder
 from diffdistill.math import grids
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.loading import load_teacher
@@ -95,8 +94,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     arguments = parser.parse_args()
     dtype = DTYPES[arguments.dtype]
-    with tempfile.TemporaryDirectory(prefix="export-time-") as folder:
-        base = Path(folder) / "base"
+    with temporary_folder("export-time-") as folder:
+        base = folder / "base"
         torch.manual_seed(0)
         pipeline(dtype).save_pretrained(base)
         spent, teacher = seconds(load_teacher, base, dtype)
@@ -111,10 +110,10 @@ def main() -> None:
         switch(teacher, roles)
         sampler = Sampler(grids.trailing(teacher.denoiser.schedule, 4), "renoise")
         options = {"kind": "lora", "step_counts": (4,), "check_size": arguments.check_size}
-        written, manifest = seconds(export, teacher, roles, sampler, Path(folder) / "lora", **options)
+        written, manifest = seconds(export, teacher, roles, sampler, folder / "lora", **options)
         size, passed = manifest.check_size, manifest.verification.passed
         print(f"export with its verification on images of {size} pixels {written}, passed: {passed}", flush=True)
-        again, verification = seconds(verify, Path(folder) / "lora")
+        again, verification = seconds(verify, folder / "lora")
         print(f"verify alone {again}, passed: {verification.passed}")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.evaluation.result import Evaluation, versions
-from diffdistill.files import write_atomic, write_json
+from diffdistill.files import temporary_folder, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results" / "five_packages.json"
@@ -175,9 +174,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
     for size in () if options.table else options.sizes:
-        with tempfile.TemporaryDirectory(prefix="five-packages-") as folder, torch.no_grad():
+        with temporary_folder("five-packages-") as folder, torch.no_grad():
             fresh = []
-            for row in compare(size, Path(folder)):
+            for row in compare(size, folder):
                 print(row, flush=True)
                 fresh.append(row)
         rows = sorted([row for row in rows if row["size"] != size] + fresh, key=lambda row: row["size"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from diffdistill.bench.starts import measure_starts
 from diffdistill.bench.steps import measure_step
 from diffdistill.device import usual_device
 from diffdistill.errors import UserError
+from diffdistill.files import temporary_folder
 
 Row = StepRow | SampleRow | StartRow | OverheadRow | Refused
 Done = dict[tuple[str, str], Any]
@@ -61,10 +61,10 @@ def bench(
     """
     device, commit = usual_device(), revision()
     done = {} if known is None else {(row.key, row.settings): row for row in known.measured if row.revision == commit}
-    with _one_thread(device), tempfile.TemporaryDirectory(prefix="diffdistill-bench-") as folder:
+    with _one_thread(device), temporary_folder("diffdistill-bench-") as folder:
         aims, num_cells = definition.aims, len(definition.cells())
         found = Results(machine=machine(), overrides=tuple(overrides), aims=aims, num_cells=num_cells)
-        for table, settings, row in _rows(definition, cells, overrides, done, Path(folder)):
+        for table, settings, row in _rows(definition, cells, overrides, done, folder):
             if not isinstance(row, Refused) and row not in done.values():
                 row = row.model_copy(update={"revision": commit, "settings": settings, "load": load()})
                 say(_text(row))

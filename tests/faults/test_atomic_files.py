@@ -1,6 +1,7 @@
 """Atomic files and folders: killed before any of their file operations, the old thing or the new one is there, whole."""
 
 import os
+import signal
 
 import pytest
 from disks import on_a_small_disk
@@ -8,7 +9,7 @@ from kills import SURVIVED, in_child, kills
 
 from diffdistill import files
 from diffdistill.errors import MachineError
-from diffdistill.files import atomic_folder, remove_leftovers, write_atomic
+from diffdistill.files import atomic_folder, remove_leftovers, temporary_folder, write_atomic
 
 
 def content(folder):
@@ -108,3 +109,24 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path):
             write_atomic(full, "x" * 5_000_000)
 
     on_a_small_disk(tmp_path, fill_the_disk)
+
+
+@pytest.fixture
+def deaf_to_sigterm():
+    """What is not caught by the code under test ends nothing."""
+
+    def deaf(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, deaf)
+    yield deaf
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_temporary_folder_is_removed_and_its_program_ended_by_sigterm(deaf_to_sigterm):
+    with pytest.raises(SystemExit) as ended, temporary_folder("mine-") as folder:
+        (folder / "file").write_text("large")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert folder.name.startswith("mine-") and not folder.exists()
+    assert signal.getsignal(signal.SIGTERM) is deaf_to_sigterm
