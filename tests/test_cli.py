@@ -485,9 +485,10 @@ def assert_sampled_alike(run: Path, export: str) -> None:
 
 
 @pytest.mark.slow
-def test_export_writes_a_pipeline_that_verifies_and_is_sampled_as_the_run_is(trained, here, capsys):
-    assert cli.main(["export", str(trained / "run"), "-o", "out"]) == 0
+def test_export_writes_a_pipeline_that_verifies_and_is_sampled_as_the_run_is(trained, here, capsys, request):
+    assert cli.main(["export", str(trained / "run"), "-o", "out"]) == 0  # verified by a process of its own
     assert "merged, ConsistencyModelPipeline" in capsys.readouterr().out
+    request.getfixturevalue("checked_in_this_process")
     assert cli.main(["verify", "out", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] and {"tensors", "stepping", "pipeline"} <= {check["name"] for check in found["checks"]}

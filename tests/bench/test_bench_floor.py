@@ -209,7 +209,7 @@ def test_compiled_blocks_are_measured_and_compiling_is_warm_up(small, monkeypatc
     """By dynamo alone, which is what could not be: the C++ compiler takes a minute more."""
     monkeypatch.setattr("diffdistill.training.building.compile_networks", partial(compile_networks, backend="eager"))
     definition = small.with_options(["steps"], 0.01)
-    found = bench(definition, definition.cells(methods=["lcm"], layouts=["copies"]), ["compute.compile=blocks"])
+    found = bench(definition, definition.cells(methods=["progressive"], layouts=["copies"]), ["compute.compile=blocks"])
     assert found.steps[0].warm_up_s > found.steps[0].step_ms / 1000
     assert found.title.endswith(", compute.compile=blocks")
 
