@@ -243,6 +243,17 @@ def test_the_self_test_passes_what_is_right():
     check_tangent(lambda x, t: functional.dropout(per_sample(sine(t)) * x, 0.5), X, TIMES, VX)
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_self_test_does_not_mind_units(unit: float):
+    """Its step is relative to the input and free of the length of the direction: a fixed one would be too long here and lost there."""
+
+    def right(x: Tensor, t: Tensor) -> Tensor:
+        return per_sample(sine(t / unit)) * (x / unit) ** 3
+
+    check_tangent(right, unit * X, unit * TIMES, VX)
+    check_tangent(right, unit * X, unit * TIMES, VX / unit)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_self_test_finds(fault: str):
     function, where = FAULTS[fault]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,8 +276,50 @@ Q, K, V = draw(1, 2, 5, 7, 4)[:3]
         ({"key": K[:, :1], "value": V[:, :1]}, "enable_gqa"),
         ({"value": V[:, :, :-1]}, "Hk, Lk, Dv"),
         ({"query": Q[0]}, "takes query"),
+        ({"query": Q[..., :-1]}, "takes query"),
+        ({"query": Q.expand(2, -1, -1, -1)}, "takes query"),
+        ({"query": Q[:, :1].expand(-1, 3, -1, -1), "enable_gqa": True}, "a multiple of it"),
     ],
 )
 def test_what_it_cannot_do_is_refused(change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         attention(**({"query": Q, "key": K, "value": V} | change))
+
+
+def test_a_mask_that_moves_is_refused():
+    mask = torch.zeros(5, 7, dtype=F64)
+    with pytest.raises(ValueError, match="as a constant"):
+        torch.func.jvp(lambda mask: attention(Q, K, V, mask), (mask,), (torch.ones_like(mask),))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "longest"),
+    [
+        ((7, 5), torch.float16, 0),
+        ((8, 0), torch.bfloat16, 256),
+        ((8, 9), torch.float32, 64),
+        ((9, 0), torch.float32, 128),
+        ((10, 0), torch.float32, 128),
+        ((12, 0), torch.float32, 64),
+        ((9, 0), torch.bfloat16, 256),
+        ((9, 0), torch.float64, 0),
+    ],
+)
+def test_triton_is_used_for_heads_that_fit_into_the_registers_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, longest: int
+):
+    def on(device: str, size: int) -> Any:
+        """Return what is asked of a tensor; no GPU is needed to ask it."""
+        itemsize = torch.empty(0, dtype=dtype).element_size
+        return SimpleNamespace(
+            is_cuda=device == "cuda", dtype=dtype, shape=(1, 2, 5, size), device=device, element_size=itemsize
+        )
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton")
+    for size in (64, 65, 128, 129, 256, 257):
+        assert forward_attention.uses_triton(on("cuda", size), on("cuda", 64)) == (size <= longest)
+        assert forward_attention.uses_triton(on("cuda", 64), on("cuda", size)) == (size <= longest)
+    assert not forward_attention.uses_triton(on("cpu", 64), on("cpu", 64))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not forward_attention.uses_triton(on("cuda", 64), on("cuda", 64))

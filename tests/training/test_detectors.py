@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import fake_runs
 import pytest
@@ -70,6 +72,13 @@ BROKEN = {
 
 def test_every_detector_has_a_case():
     assert [detector.name for detector in DETECTORS] == list(BROKEN)
+
+
+def test_thresholds_are_those_of_the_page_that_says_what_they_rest_on():
+    page = (Path(__file__).parents[2] / "docs" / "watch.md").read_text()
+    stated = re.findall(r"^\| (\w+) \|[^|]*\| ([<>]) (\S+) \|", page, flags=re.MULTILINE)
+    sides = {"above": ">", "below": "<"}
+    assert [(detector.name, sides[detector.side], f"{detector.threshold:g}") for detector in DETECTORS] == stated
 
 
 def test_a_healthy_run_is_not_warned_of():

@@ -11,7 +11,7 @@ from diffdistill.distillers.base import Loss
 from diffdistill.errors import UserError
 from diffdistill.training.data_feed import micro_batch_size, resumed_micro_batch_size
 from diffdistill.training.engine import Meter
-from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer, learning_rate
+from diffdistill.training.optimizers import OptimizerConfig, RoleOptimizer
 
 
 def train(engine, steps=range(10)):
@@ -236,51 +236,6 @@ def test_optimizer_state_saved_and_restored_goes_on_bit_for_bit(name):
         second.optimizers[role].load_state(first.optimizers[role].state())
     train(second, range(5, 10))
     assert_equal(second.roles.state(), straight.roles.state())
-
-
-@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "sgd"])
-def test_fused_update_equals_the_plain_one(name):
-    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
-    config = OptimizerConfig(name=name, lr=0.1, betas=(0.8, 0.9), weight_decay=0.1, eps=1e-6)
-    ours, theirs = (torch.nn.Parameter(DATA[:4].clone()) for _ in range(2))
-    optimizer = RoleOptimizer("student", [ours], config, 8)
-    if name == "sgd":
-        reference = torch.optim.SGD([theirs], 0.1, momentum=0.8, weight_decay=0.1)
-    else:
-        reference = plain[name]([theirs], 0.1, (0.8, 0.9), 1e-6, 0.1, foreach=False)
-    for step in range(8):
-        ours.grad = torch.sin(ours.detach() + step)
-        theirs.grad = torch.sin(theirs.detach() + step)
-        optimizer.step(step, torch.tensor(0.0))
-        reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    def rates(decay, warmup):
-        return [learning_rate(OptimizerConfig(lr=2.0, warmup_steps=warmup, decay=decay), step, 10) for step in range(10)]
-
-    assert rates("constant", 0) == [2.0] * 10
-    assert rates("constant", 4)[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert rates("linear", 0) == pytest.approx([2 * (1 - k / 10) for k in range(10)])
-    assert rates("linear", 5)[5:] == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
-    assert rates("cosine", 0) == pytest.approx([1 + math.cos(math.pi * k / 10) for k in range(10)])
-
-
-def test_unknown_optimizer_is_refused_with_a_hint():
-    with pytest.raises(ValueError, match="unknown optimizer 'adamv'. Did you mean 'adam"):
-        OptimizerConfig(name="adamv")
-
-
-def test_sgd_has_defined_momentum_before_its_first_step():
-    # a skipped first step of the fused kernel would leave what memory happened to hold
-    state = RoleOptimizer("student", [torch.nn.Parameter(torch.ones(3))], OptimizerConfig(name="sgd"), 10).state()
-    assert torch.equal(state["0.momentum_buffer"], torch.zeros(3))
-
-
-def test_a_role_without_parameters_is_refused():
-    with pytest.raises(UserError, match="'student' has no parameters"):
-        RoleOptimizer("student", [], OptimizerConfig(), 10)
 
 
 # Micro-batches over processes

@@ -1,4 +1,4 @@
-"""Optimisers with moments of eight bits: as AdamW up to rounding, a quarter of its memory, resumed and skipped bit for bit."""
+"""Optimisers and rates in closed form; with moments of eight bits as AdamW up to rounding, a quarter of its memory, resumed bit for bit."""
 
 import importlib.util
 import math
@@ -13,7 +13,7 @@ from torch import nn
 from diffdistill.errors import UserError
 from diffdistill.models.quantize import stored_bytes
 from diffdistill.training import checkpoint
-from diffdistill.training.optimizers import EIGHT_BIT, OptimizerConfig, RoleOptimizer, moment_bytes
+from diffdistill.training.optimizers import EIGHT_BIT, OptimizerConfig, RoleOptimizer, learning_rate, moment_bytes
 from diffdistill.training.run import train
 from diffdistill.training.stopping import Stopped
 
@@ -55,6 +55,54 @@ def trained(name, steps, bad=(), **settings):
 
 def weights(optimizer):
     return torch.cat([parameter.detach().flatten() for parameter in optimizer.parameters])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "sgd"])
+def test_fused_update_equals_the_plain_one(name):
+    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+    config = OptimizerConfig(name=name, lr=0.1, betas=(0.8, 0.9), weight_decay=0.1, eps=1e-6)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 2, 12, dtype=torch.float64)) for _ in range(2))
+    optimizer = RoleOptimizer("student", [ours], config, 8)
+    if name == "sgd":
+        reference = torch.optim.SGD([theirs], 0.1, momentum=0.8, weight_decay=0.1)
+    else:
+        reference = plain[name]([theirs], 0.1, (0.8, 0.9), 1e-6, 0.1, foreach=False)
+    for step in range(8):
+        ours.grad = torch.sin(ours.detach() + step)
+        theirs.grad = torch.sin(theirs.detach() + step)
+        optimizer.step(step, FINE)
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    def rates(decay, warmup):
+        return [learning_rate(OptimizerConfig(lr=2.0, warmup_steps=warmup, decay=decay), step, 10) for step in range(10)]
+
+    assert rates("constant", 0) == [2.0] * 10
+    assert rates("constant", 4)[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates("linear", 0) == pytest.approx([2 * (1 - k / 10) for k in range(10)])
+    assert rates("linear", 5)[5:] == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
+    assert rates("cosine", 0) == pytest.approx([1 + math.cos(math.pi * k / 10) for k in range(10)])
+
+
+def test_unknown_optimizer_is_refused_with_a_hint():
+    with pytest.raises(ValueError, match="unknown optimizer 'adamv'. Did you mean 'adam"):
+        OptimizerConfig(name="adamv")
+
+
+def test_sgd_has_defined_momentum_before_its_first_step():
+    # a skipped first step of the fused kernel would leave what memory happened to hold
+    state = RoleOptimizer("student", [nn.Parameter(torch.ones(3))], OptimizerConfig(name="sgd"), 10).state()
+    assert torch.equal(state["0.momentum_buffer"], torch.zeros(3))
+
+
+def test_a_role_without_parameters_is_refused():
+    with pytest.raises(UserError, match="'student' has no parameters"):
+        RoleOptimizer("student", [], OptimizerConfig(), 10)
+
+
+# Moments of eight bits
 
 
 @pytest.mark.parametrize("name", INSTALLED)
@@ -149,6 +197,13 @@ def test_a_run_of_an_8_bit_optimiser_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert final_hashes(tmp_path / "straight") == final_hashes(tmp_path / "stopped")
     moments = checkpoint.load(tmp_path / "stopped" / "checkpoints" / "step_0000003").tensors["optimizer-student"]
     assert any(key.endswith(".exp_avg_sq.codes") for key in moments)
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, 1.0), (-0.1, 0.9)])
+def test_a_decay_that_forgets_nothing_or_less_is_refused(betas):
+    with pytest.raises(ValueError, match=r"betas must lie in \[0, 1\)"):
+        OptimizerConfig(betas=betas)
+    assert OptimizerConfig(betas=(0.0, 0.0)).betas == (0, 0)
 
 
 @pytest.mark.parametrize(("name", "package"), EIGHT_BIT.items())

@@ -33,6 +33,7 @@ from diffdistill.training.stopping import Interrupted, stopping_together
 def test_saturation_is_the_share_of_values_at_the_ends():
     images = torch.zeros(2, 1, 2, 2)
     images[0, 0, 0] = torch.tensor([1.0, -0.99])
+    images[1, 0, 0] = torch.tensor([0.97, -0.97])
     assert drift.saturation(images) == 2 / 8
 
 
@@ -158,6 +159,26 @@ def test_a_signal_to_one_process_ends_the_samples_of_all_before_their_next_pass(
     ends = in_threads(2, previews(tmp_path, monkeypatch, 5, False), asked_to_stop)
     assert [type(end) for end in ends] == [Interrupted] * 2
     assert asked == [6, 6] and sorted(rows_of_threads.values()) == [4, 5]
+
+
+def test_fake_lag_asks_both_networks_about_the_same_states_at_a_quarter_half_and_three_quarters():
+    """At a flow's level t they are told (1 - t) x_g + t eps, of the generator's eps, a new one at each level."""
+
+    class Asked(Shrunk):
+        def __call__(self, x_t, t, cond):
+            asked.append((x_t, t, cond))
+            return super().__call__(x_t, t, cond)
+
+    asked, cond = [], Condition.none(3)
+    x_g = torch.linspace(-1, 1, 12).reshape(3, 1, 2, 2)
+    drift.fake_lag(Asked(0.9), Asked(0.5), [x_g], cond, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    assert len(asked) == 6 and all(condition is cond for _, _, condition in asked)
+    for level, of_fake, of_teacher in zip((0.25, 0.5, 0.75), asked[::2], asked[1::2], strict=True):
+        expected = (1 - level) * x_g + level * torch.randn(x_g.shape, generator=generator)
+        for x_t, t, _ in (of_fake, of_teacher):
+            assert t.dtype == torch.float64 and t.tolist() == [level] * 3
+            torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

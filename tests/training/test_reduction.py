@@ -53,6 +53,20 @@ def test_the_last_pass_sends_full_buckets_while_it_runs_and_the_rest_after_it(se
     assert len(sent) == 6  # the hooks are gone
 
 
+def test_where_every_parameter_takes_part_all_is_sent_while_the_pass_runs_turn_after_turn(sent):
+    parameters, reduction = [Parameter(torch.full((size,), 3.0)) for size in (1, 2, 3)], Replicated(2, bytes_per_bucket=1)
+    for _ in range(2):
+        reduction.before_backward(parameters, True)
+        sum(parameter.sum() for parameter in parameters).backward()
+        assert sorted(sent) == [1, 2, 3]
+        reduction.after_backward(parameters)
+        assert [parameter.grad.tolist() for parameter in parameters] == [[2.0], [2.0] * 2, [2.0] * 3]
+        assert sent == [3, 2, 1, "waited", "waited", "waited"]
+        sent.clear()
+        for parameter in parameters:
+            parameter.grad = None
+
+
 def test_values_are_summed_in_float64_and_norms_are_those_of_the_summed_gradients(sent):
     values, (norm,) = Replicated(2).totals(torch.tensor([1.0, 2.0]), [[torch.tensor([3.0]), torch.tensor([4.0])]])
     assert values.dtype == torch.float64 and values.tolist() == [2, 4]
