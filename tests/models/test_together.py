@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -190,7 +191,7 @@ def test_conditions_stay_with_their_rows():
             torch.testing.assert_close(whole.raw[k : k + 1], single.raw, **EXACT)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 100])
 @pytest.mark.parametrize("limit", [0, 8])
 def test_passes_of_few_rows_say_the_same(rows, limit):
     roles, (x_t, t, cond) = build(denoiser("dit"), limit, rows_at_once=rows), inputs()
@@ -199,7 +200,9 @@ def test_passes_of_few_rows_say_the_same(rows, limit):
     said, seen = both(first, second, (x_t, t, cond))
     assert_same(said, alone(first, second, (x_t, t, cond)), **EXACT)
     assert max(seen) <= rows and sum(seen) == 3 * len(x_t)
-    assert len(seen) == (1 if limit and rows == 100 else 2 if rows == 100 else len(seen))
+    guided_rows, own_rows = 2 * len(x_t), len(x_t)
+    in_one = limit > 0 and rows >= guided_rows + own_rows
+    assert len(seen) == (1 if in_one else math.ceil(guided_rows / rows) + math.ceil(own_rows / rows))
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,18 @@ def test_a_resumed_optimiser_goes_on_bit_for_bit(name, tmp_path):
     assert_equal(resumed.state(), straight.state())
 
 
+def test_a_restored_moment_is_of_the_kind_that_torchao_makes():
+    """Signed for the first moment, unsigned for the second: copying one state into another asks for the same kind."""
+    pytest.importorskip("torchao")
+    first, (resumed, _) = trained("adamw8bit", range(1)), quadratic("adamw8bit")
+    resumed.load_state(first.state())
+    for made, restored in zip(first.parameters[:1], resumed.parameters[:1], strict=True):
+        for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            one, other = (optimizer.inner.state[of][name] for optimizer, of in ((first, made), (resumed, restored)))
+            assert one.signed == other.signed == signed
+            assert torch.equal(other.copy_(one).dequantize(), one.dequantize())
+
+
 @pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.parametrize("bad", [0, 5])
 def test_a_bad_step_changes_nothing_at_all(name, bad):
