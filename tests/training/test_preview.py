@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_ends_the_samples_of_all_before_their_next_pass(
 
 
 def test_fake_lag_asks_both_networks_about_the_same_states_at_a_quarter_half_and_three_quarters():
-    """At a flow's level t they are told (1 - t) x_g + t eps, of the generator's eps, a new one at each level."""
+    """At a flow's level t they are told (1 - t) x_g + t eps, of each image's own eps, a new one at each level."""
 
     class Asked(Shrunk):
         def __call__(self, x_t, t, cond):
@@ -171,11 +171,11 @@ def test_fake_lag_asks_both_networks_about_the_same_states_at_a_quarter_half_and
 
     asked, cond = [], Condition.none(3)
     x_g = torch.linspace(-1, 1, 12).reshape(3, 1, 2, 2)
-    drift.fake_lag(Asked(0.9), Asked(0.5), [x_g], cond, torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(1)
+    drift.denoising_errors(Asked(0.9), Asked(0.5), [x_g], cond, Noise(range(3)))
+    noise = Noise(range(3))
     assert len(asked) == 6 and all(condition is cond for _, _, condition in asked)
     for level, of_fake, of_teacher in zip((0.25, 0.5, 0.75), asked[::2], asked[1::2], strict=True):
-        expected = (1 - level) * x_g + level * torch.randn(x_g.shape, generator=generator)
+        expected = (1 - level) * x_g + level * noise.draw((1, 2, 2))
         for x_t, t, _ in (of_fake, of_teacher):
             assert t.dtype == torch.float64 and t.tolist() == [level] * 3
             torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
