@@ -58,8 +58,8 @@ def test_a_gpu_has_a_clock_of_its_own():
 
 def test_a_fixed_factor_is_found_whatever_the_machine_did_meanwhile():
     floors = [1.0, 7.0, 0.2, 3.0, 90.0]
-    found = paired_ratio([1.25 * floor for floor in floors], floors)
-    assert found == pytest.approx((1.25, 1.25, 1.25), rel=1e-12)
+    found = paired_ratio([1.1 * floor for floor in floors], floors)  # 1.1 has no float32, so that a rounded series is seen
+    assert found == pytest.approx((1.1, 1.1, 1.1), rel=1e-12)
 
 
 def test_the_median_is_of_the_ratios_and_not_the_ratio_of_medians():

@@ -114,6 +114,35 @@ def test_one_grid_alone_is_no_sign(name):
     assert alerts(lines(change=lambda line: change(line) if line["step"] == 300 else line), config()) == []
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("name", "series", "before", "last_two", "figure"),
+    [
+        ("saturation", "saturation", 0.4, (0.55, 0.9), 0.15),
+        ("contrast", "contrast", 0.7, (0.91, 1.4), 1.3),
+        ("lost_contrast", "contrast", 0.7, (0.5, 0.4), 0.5 / 0.7),
+        ("diversity", "diversity", 0.5, (0.34, 0.32), 0.34 / 0.5),
+        ("fake_lag", "fake_lag", 0.9, (1.5, 3.0), 1.5),
+        ("fake_lag", "fake_lag", 0.9, (2.0, 3.0), 2.0),
+        ("broken_fake", "fake_lag", 0.9, (3.0, 5.0), 3.0),
+        ("idle_fake", "fake_lag", 0.9, (1.0001, 0.9998), 2e-4),
+    ],
+)
+def test_the_figure_is_that_of_the_better_of_the_last_two_grids(name, series, before, last_two, figure, order):
+    detector = next(detector for detector in DETECTORS if detector.name == name)
+    stage = stage_of(lines(change=falling(series, before, *last_two[::order])), config())
+    assert detector.measure(stage).figure == pytest.approx(figure)
+
+
+def test_what_starts_at_zero_may_grow():
+    """The gradient of a discriminator does, and what follows the difference of a fake network and the teacher, as which it starts."""
+    assert alerts(lines(change=late(fake__grad_norm_head=100.0)), config()) == []
+    grown = late(student__total=50.0)
+    assert [alert.name for alert in alerts(lines(change=grown), config())] == ["explosion"]
+    matching = lines(change=lambda line: line if is_grid(line) else grown({**line, "student/matching": 0.5}))
+    assert alerts(matching, config()) == []
+
+
 def test_little_diversity_that_does_not_fall_is_a_beginning():
     rising = {100: 0.1, 200: 0.15, 300: 0.2}
     assert (
