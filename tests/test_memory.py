@@ -136,3 +136,11 @@ def test_live_bytes_count_what_autograd_keeps():
         y.sum().backward()
         del y
         assert live.now == 1000, "x.grad"
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(2**19, "0.5 MiB"), (2**30 - 2**20, "1,023.0 MiB"), (2**30, "1.00 GiB"), (3 * 2**29, "1.50 GiB"), (2**42, "4,096.00 GiB")],
+)
+def test_bytes_are_told_in_mib_below_a_gib(amount, text):
+    assert readable(amount) == text
