@@ -69,7 +69,7 @@ study: install  ## quality of every method on digits and shapes (hours on two co
 	$(BIN)/python eval/study.py
 	$(BIN)/python eval/shapes_study.py
 
-mutation: install  ## systematic mutants of the mathematics and the losses, into docs/mutation.md
+mutation: install  ## systematic mutants of mathematics, losses and engine, into docs/mutation.md
 	$(BIN)/python eval/mutation.py
 
 clean:

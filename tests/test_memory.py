@@ -110,6 +110,8 @@ def test_the_peak_has_one_turn_at_a_time_and_all_that_is_kept():
     peak = MemoryPlan(0, rows, turns).peak
     assert (peak.weights_bytes, peak.adapter_bytes, peak.optimizer_bytes) == (1000, 110, 220)
     assert (peak.gradient_bytes, peak.activation_bytes, peak.bytes) == (100, 30, 1000 + 110 + 220 + 130)
+    heavier = TurnMemory("fake", ("fake",), 10, 121)  # by one byte, of activations
+    assert MemoryPlan(0, rows, (turns[0], heavier)).heaviest == heavier
 
 
 def test_live_bytes_follow_each_storage_from_its_making_to_its_end():
