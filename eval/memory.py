@@ -390,7 +390,7 @@ STEPS = """## A step of each recipe
 
 What a step holds at its peak on one GPU, as `diffdistill check` plans it before anything is loaded: all that is kept, and gradients and
 activations of the turn that needs most. The autocast of a GPU, which runs norms in float32, is followed on the CPU. Not counted: what
-kernels and the allocator keep for themselves, text encoders, which are freed before the first step, and the feature networks of a validation. "images" is what making images
+kernels and the allocator keep for themselves, text encoders, which are freed before the first step, and the feature networks of a validation, which are on the CPU at other times. "images" is what making images
 adds for samples and validation, between steps: a pass without gradient, the autoencoder, as many images decoded as a micro-batch has samples
 (`sampling_batch_size`), and the exchange of the student for its average.
 

@@ -74,6 +74,10 @@ class NetworkExtractor:
         self.dim: int = getattr(network, "dim", 0)
         self.logit_scale: float | None = getattr(network, "logit_scale", None)
 
+    def move(self, device: torch.device) -> None:
+        """Let the network compute on another device."""
+        self.network, self.device = self.network.to(device), device
+
     def __call__(self, images: Tensor) -> Features:
         """Return the features of uint8 images (B, 1 or 3, H, W), float32."""
         parts = images.split(self.images_per_pass)

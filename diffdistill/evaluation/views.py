@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.collect import Seen
-from diffdistill.evaluation.extractors import open_extractor
+from diffdistill.evaluation.extractors import NetworkExtractor, open_extractor
 from diffdistill.evaluation.features import FeatureExtractor
 from diffdistill.evaluation.metrics.registry import metric_of
 from diffdistill.evaluation.metrics.sample import Metric
@@ -78,3 +79,24 @@ def open_views(
             chosen = {name: metric_of(name, protocol.clip_scale, logit_scale, protocol.images_per_prompt) for name in wanted}
             opened.append(OpenView(view, extractor, reference, chosen))
     return opened
+
+
+def put_aside(views: Sequence[OpenView]) -> None:
+    """Move the feature networks to the CPU."""
+    _move(views, torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def at_hand(views: Sequence[OpenView], device: torch.device) -> Iterator[None]:
+    """Have the feature networks on a device for a while."""
+    _move(views, device)
+    try:
+        yield
+    finally:
+        put_aside(views)
+
+
+def _move(views: Sequence[OpenView], device: torch.device) -> None:
+    for view in views:
+        if isinstance(view.extractor, NetworkExtractor):
+            view.extractor.move(device)

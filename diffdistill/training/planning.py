@@ -8,7 +8,7 @@ Between steps, where images are made for samples and validation, there are a pas
 decodes, and the average's weights in place of the student's; of a step nothing is left then.
 
 Not in a plan: the text encoders, which leave before the first step, when all that data, samples and validation ask for is encoded; the
-feature networks of a validation; and what kernels and the allocator keep for themselves.
+feature networks of a validation, which are on the CPU at other times; and what kernels and the allocator keep for themselves.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def asked_in_samples(config: RunConfig, teacher: Teacher, num: int) -> Asked:
 
 
 class Validation:
-    """Scores of the student under a protocol; its views are opened once.
+    """Scores of the student under a protocol. Its views are opened once, and between scores their networks are on the CPU.
 
     Args:
         teacher: gives the conditions that the protocol asks for, and the codec.
@@ -220,11 +220,12 @@ class Validation:
         in_step: bool = False,
     ) -> None:
         from diffdistill.evaluation.reference import references_folder
-        from diffdistill.evaluation.views import open_views
+        from diffdistill.evaluation.views import open_views, put_aside
 
         self.teacher, self.protocol, self.steps, self.rows, self.folder = teacher, protocol, steps, rows, folder
         self._asked_to_stop = processes.asked_to_stop
         self.views = open_views(self.protocol, cache=references_folder())
+        put_aside(self.views)
         prompts = self.protocol.num_images // self.protocol.images_per_prompt
         self._processes = processes.sharing(prompts, in_step)
         self._share = self._processes.share(prompts) * self.protocol.images_per_prompt
@@ -239,25 +240,25 @@ class Validation:
         """
         from diffdistill.evaluation.evaluate import Keeping, evaluate
         from diffdistill.evaluation.parts import IMAGES_PER_PART
+        from diffdistill.evaluation.views import at_hand
 
-        shared = self._processes.count > 1
-
-        found: dict[str, float] = {}
+        shared, found = self._processes.count > 1, dict[str, float]()
         student = InParts(Stoppable(roles["student"], self._asked_to_stop), self.rows)
-        for count in self.steps:
-            sampler = distiller.sampler(count)
-            result = evaluate(
-                finite_generator(self.teacher, student, sampler),
-                self.protocol,
-                nfe=sampler.nfe,
-                num_steps=count,
-                batch_size=self.rows,
-                views=self.views,
-                keeping=Keeping(self.folder / layout.parts_of_look("validation", step, count)) if shared else None,
-                processes=self._processes,
-                images_per_part=self._share if shared else IMAGES_PER_PART,
-            )
-            found |= {f"eval/{name}@{count}": summary.mean for name, summary in result.values.items()}
+        with at_hand(self.views, self.teacher.device):
+            for count in self.steps:
+                sampler = distiller.sampler(count)
+                result = evaluate(
+                    finite_generator(self.teacher, student, sampler),
+                    self.protocol,
+                    nfe=sampler.nfe,
+                    num_steps=count,
+                    batch_size=self.rows,
+                    views=self.views,
+                    keeping=Keeping(self.folder / layout.parts_of_look("validation", step, count)) if shared else None,
+                    processes=self._processes,
+                    images_per_part=self._share if shared else IMAGES_PER_PART,
+                )
+                found |= {f"eval/{name}@{count}": summary.mean for name, summary in result.values.items()}
         return found | ({"fid": found[key]} if (key := f"eval/fid@{self.steps[0]}") in found else {})
 
 

@@ -11,6 +11,8 @@ from thread_processes import in_threads
 from tiny_runs import run_config, save_teacher, small_protocol
 
 from diffdistill import files
+from diffdistill.evaluation import views
+from diffdistill.evaluation.extractors import NetworkExtractor
 from diffdistill.evaluation.protocol import load_protocol
 from diffdistill.math import grids
 from diffdistill.math.prediction import Prediction
@@ -18,7 +20,7 @@ from diffdistill.math.schedules import RectifiedFlowSchedule
 from diffdistill.models.adapters import LoraSpec
 from diffdistill.models.condition import Condition
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.models.loading import load_teacher
+from diffdistill.models.loading import Teacher, load_teacher
 from diffdistill.models.roles import build_roles
 from diffdistill.processes import ALONE
 from diffdistill.sampling.noise import Noise
@@ -179,6 +181,35 @@ def test_fake_lag_asks_both_networks_about_the_same_states_at_a_quarter_half_and
         for x_t, t, _ in (of_fake, of_teacher):
             assert t.dtype == torch.float64 and t.tolist() == [level] * 3
             torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_feature_networks_are_on_the_device_only_while_a_validation_asks_them(tmp_path, monkeypatch):
+    class Watched:
+        size = None
+
+        def __init__(self, digits):
+            self.digits, self.name, self.fingerprint = digits, digits.name, digits.fingerprint
+
+        def to(self, device):
+            events.append(str(device))
+            return self
+
+        def __call__(self, images):
+            events.append("asked")
+            return self.digits(images[:, :1].to(torch.uint8))
+
+    config = run_config(save_teacher(tmp_path / "t"), tmp_path / "run")
+    protocol = load_protocol(small_protocol(tmp_path / "tiny.yaml", 61))
+    opened, events = views.open_views(protocol, cache=tmp_path), []
+    extractor = NetworkExtractor(Watched(opened[0].extractor), "identity", "float32", torch.device("cpu:0"))
+    monkeypatch.setattr(views, "open_views", lambda *_, **__: [replace(opened[0], extractor=extractor)])
+    teacher, roles = built_for_each_thread(config)[0]
+    monkeypatch.setattr(Teacher, "device", torch.device("cpu:0"))  # the same CPU by another name
+    validation = preview.Validation(teacher, protocol, (2, 1), 16, tmp_path)
+    assert events == ["cpu:0", "cpu"]
+    events.clear()
+    assert validation.scores(roles, build_distiller(config.stages[0], roles), 7)["fid"] > 0
+    assert events == ["cpu:0", *["asked"] * (len(events) - 2), "cpu"] and len(events) > 2
 
 
 @pytest.mark.parametrize(
