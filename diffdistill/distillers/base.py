@@ -7,7 +7,7 @@ loss. It never calls an optimiser, a logger or `torch.distributed`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -133,11 +133,14 @@ class Loss:
         total: 0-dim, with graph.
         terms: named 0-dim values for the log, detached, never moved to the host here.
         carry: tensors for later turns of the same step and micro-batch, detached.
+        then: makes the rest of the loss, when the graph of `total` is gone: gradients of both add up, and only one graph lives at
+            a time. Its graph must reach every parameter that is trained.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     carry: Mapping[str, Tensor] = field(default_factory=dict)
+    then: Callable[[], Loss] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ holds the student to the teacher's modes.
     L_fake    = |D_fake(x_t') - sg(x_g)|^2 in the network's own output type                    Eq. 6
 
 In memory: student and fake with their optimisers, the frozen teacher, and the LPIPS network where it is used. A step costs the
-student's pass with gradient, a second one for the regression, the teacher's (two with guidance, as one batch), the fake's (in the same
-batch where `roles.one_batch_up_to` says so), and its update.
+student's pass with gradient, a second one for the regression, made when the graph of the first is gone, the teacher's (two with
+guidance, as one batch), the fake's (in the same batch where `roles.one_batch_up_to` says so), and its update.
 
 Departures from the paper:
 - The regression defaults to l2 on the student's clean states, since LPIPS is not defined on latents and its weights do not
@@ -24,6 +24,7 @@ Departures from the paper:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -131,18 +132,18 @@ class DMD(Distiller):
         )
         total = losses.surrogate(x_g, gradient).mean()
         terms = {"matching": total.detach(), "gradient_abs": gradient.abs().mean()}
-        if self.config.regression is not None:
-            assert batch.pairs is not None, "DMD's regression needs stored pairs"
-            regression = self._regression(student, batch.pairs).mean()
-            total = total + self.config.regression.weight * regression
-            terms["regression"] = regression.detach()
-        return Loss(total, terms, carry={"x_g": x_sg})
+        regression = self.config.regression
+        then = None if regression is None else partial(self._regression_loss, regression.weight, batch.pairs)
+        return Loss(total, terms, carry={"x_g": x_sg}, then=then)
 
-    def _regression(self, student: Denoiser, pairs: PairBatch) -> Tensor:
-        """Return the distance between the student's image and the teacher's of the same noise, (B,)."""
+    def _regression_loss(self, weight: float, pairs: PairBatch | None) -> Loss:
+        """Return the weighted distance between the student's images and the teacher's of the same noise."""
+        assert pairs is not None, "DMD's regression needs stored pairs"
         z = self._one_step.initial(_Given(pairs.noise), tuple(pairs.noise.shape[1:]))
-        x_ref = matching.generate(student, self._one_step, z, pairs.cond, step=0)
-        return losses.l2(x_ref, pairs.x0) if self._lpips is None else self._lpips(x_ref, pairs.x0)
+        x_ref = matching.generate(self.roles["student"], self._one_step, z, pairs.cond, step=0)
+        distance = losses.l2(x_ref, pairs.x0) if self._lpips is None else self._lpips(x_ref, pairs.x0)
+        regression = distance.mean()
+        return Loss(weight * regression, {"regression": regression.detach()})
 
     def _fake_loss(self, batch: Batch, rng: Rng) -> Loss:
         x_g = batch.carry["x_g"]

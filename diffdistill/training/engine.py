@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from diffdistill.data.batches import derive_seed
 from diffdistill.distillers.base import Batch, Distiller, Loss, Rng, Turn
@@ -228,16 +230,9 @@ class Engine:
         # 1. Forward and backward, one graph at a time
         names, values = (), torch.zeros((), dtype=torch.float64, device=self.device)
         for micro in self.micros:
-            rng = self._rng(step, micro, index)
-            with self.autocast():
-                loss = self.distiller.loss(turn, batches[micro], rng, step)
-            self.reduction.before_backward(parameters, last=micro == self.micros[-1])
-            self.accelerator.backward(loss.total / self.feed.num_micro_batches)
-            if loss.carry:
-                batches[micro] = dataclasses.replace(batches[micro], carry={**batches[micro].carry, **loss.carry})
-            names = (f"{turn.name}/total", *(f"{turn.name}/{term}" for term in sorted(loss.terms)))
-            values = values + _values(loss) / self.feed.num_micro_batches
-            del loss  # its graph must be gone before the next one is built
+            logged = self._add_gradients(index, turn, step, micro, batches, parameters)
+            names = tuple(f"{turn.name}/{term}" for term in logged)
+            values = values + torch.stack(list(logged.values())) / self.feed.num_micro_batches
         self._check_reached(turn)
 
         # 2. Sums over the processes
@@ -269,6 +264,26 @@ class Engine:
         names = (*names, *(f"{turn.name}/grad_norm_{role}" for role in turn.trains))
         self.meter.add(names, torch.cat([values[:-1], checked[1:]]), finite)
 
+    def _add_gradients(
+        self, index: int, turn: Turn, step: int, micro: int, batches: dict[int, Batch], parameters: Sequence[Parameter]
+    ) -> dict[str, Tensor]:
+        """Add those of a micro-batch to the parameters', and hand on what it carries; return its total and its terms, 0-dim float64."""
+        total, terms = torch.zeros((), dtype=torch.float64, device=self.device), dict[str, Tensor]()
+        rng = self._rng(step, micro, index)
+        make: Callable[[], Loss] | None = partial(self.distiller.loss, turn, batches[micro], rng, step)
+        while make is not None:
+            with self.autocast():
+                loss = make()
+            make = loss.then
+            self.reduction.before_backward(parameters, last=make is None and micro == self.micros[-1])
+            self.accelerator.backward(loss.total / self.feed.num_micro_batches)
+            if loss.carry:
+                batches[micro] = dataclasses.replace(batches[micro], carry={**batches[micro].carry, **loss.carry})
+            total = total + loss.total.detach()
+            terms |= {name: term.double() for name, term in loss.terms.items()}
+            del loss  # its graph must be gone before the next one is built
+        return {"total": total, **{name: terms[name] for name in sorted(terms)}}
+
     def _divisor(self, norm: Tensor) -> Tensor | None:
         """Return what a gradient of this norm is divided by to have at most the norm that is allowed."""
         return None if self.clip_grad_norm is None else (norm / self.clip_grad_norm).clamp(min=1)
@@ -296,8 +311,3 @@ class Engine:
                     "reached it. Either the loss does not use the role, or its graph was cut on the way."
                 )
         self._checked.add(turn)
-
-
-def _values(loss: Loss) -> Tensor:
-    terms = [loss.total.detach(), *(loss.terms[name] for name in sorted(loss.terms))]
-    return torch.stack([term.double() for term in terms])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from diffdistill.config import RunConfig, StageConfig
-from diffdistill.distillers.base import Batch, Distiller, PairBatch, Rng, TrajectoryBatch, Turn
+from diffdistill.distillers.base import Batch, Distiller, Loss, PairBatch, Rng, TrajectoryBatch, Turn
 from diffdistill.math import grids
 from diffdistill.memory import LiveBytes, MemoryPlan, MemoryRow, TurnMemory, memory_rows, nbytes, network_row, without_a_gpu
 from diffdistill.models.attention import Attention
@@ -175,12 +176,15 @@ def turn_activations(
         trained = [parameter for role in turn.trains for parameter in roles.parameters(role)]
         for parameter in trained:  # from the second micro-batch on, the gradients of the first are there
             parameter.grad = torch.zeros_like(parameter) if accumulates else None
+        make: Callable[[], Loss] | None = partial(distiller.loss, turn, batch, _rng(), step)
         with LiveBytes() as live, _rules(device_type):  # in the backward pass, too: it may compute activations again
-            with _autocast(config.precision):
-                loss = distiller.loss(turn, batch, _rng(), step)
-            _backward(loss.total)
+            while make is not None:
+                with _autocast(config.precision):
+                    loss = make()
+                _backward(loss.total)
+                batch, make = replace(batch, carry={**batch.carry, **loss.carry}), loss.then
+                del loss
         found[turn.name] = loaded + live.peak - (0 if accumulates else nbytes(trained))
-        batch = replace(batch, carry={**batch.carry, **loss.carry})
         for parameter in trained:
             parameter.grad = None
     return found

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from small_networks import dit, unet
 
-from diffdistill.distillers.base import Batch, Rng
+from diffdistill.distillers.base import Batch, Loss, Rng
 from diffdistill.math.prediction import Prediction, from_x0
 from diffdistill.math.schedules import EDMSchedule, RectifiedFlowSchedule, VPSchedule, expand
 from diffdistill.models.condition import Condition
@@ -177,6 +177,14 @@ def only(roles, names):
             parameter.grad = None
 
 
+def whole(loss):
+    """Return a loss with what follows it added, in one graph."""
+    if loss.then is None:
+        return loss
+    rest = whole(loss.then())
+    return Loss(loss.total + rest.total, {**loss.terms, **rest.terms}, {**loss.carry, **rest.carry})
+
+
 def run(distiller, roles, make_batch, steps, lr, trained, betas=(0.9, 0.99), decay=True):
     """Train as the engine does: turns in order, carry handed on, `after` called, learning rate falling to 0."""
     rates = lr if isinstance(lr, dict) else dict.fromkeys(trained, lr)
@@ -185,7 +193,7 @@ def run(distiller, roles, make_batch, steps, lr, trained, betas=(0.9, 0.99), dec
         base, carry, generator = make_batch(step), {}, rng(step, step)
         for turn in distiller.turns(step):
             with only(roles, turn.trains):
-                loss = distiller.loss(turn, Batch(base.cond, base.x0, base.pairs, carry), generator, step)
+                loss = whole(distiller.loss(turn, Batch(base.cond, base.x0, base.pairs, carry), generator, step))
                 loss.total.backward()
                 carry = {**carry, **loss.carry}
                 for name in turn.trains:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from distiller_support import CLASSES, network_teacher, rng
+from distiller_support import CLASSES, network_teacher, rng, whole
 
 from diffdistill.distillers import registry
 from diffdistill.distillers.base import Batch, PairBatch, TrajectoryBatch
@@ -132,9 +132,9 @@ def test_every_method_keeps_the_contract(method, layout, family):
         assert set(turn.trains) <= {*needs.trained, "head"}
 
         # Finite, and the same for the same randomness.
-        loss = distiller.loss(turn, batch(needs, carry), rng(3), 0)
-        again = distiller.loss(turn, batch(needs, carry), rng(3), 0)
-        other = distiller.loss(turn, batch(needs, carry), rng(4), 0)
+        loss = whole(distiller.loss(turn, batch(needs, carry), rng(3), 0))
+        again = whole(distiller.loss(turn, batch(needs, carry), rng(3), 0))
+        other = whole(distiller.loss(turn, batch(needs, carry), rng(4), 0))
         assert loss.total.ndim == 0 and bool(loss.total.isfinite())
         assert torch.equal(loss.total, again.total)
         assert torch.equal(loss.total, other.total) == bool(needs.trajectories)  # what is stored was drawn before
@@ -161,7 +161,7 @@ def test_every_method_keeps_the_contract(method, layout, family):
                         p -= rate * p.grad
                         p.grad = None
         if not surrogate:
-            fixed = distiller.loss(turn, batch(needs, carry), rng(3), 0)
+            fixed = whole(distiller.loss(turn, batch(needs, carry), rng(3), 0))
             assert float(fixed.total) < float(loss.total)
         distiller.after(turn, 0)
         carry = {**carry, **loss.carry}
@@ -247,7 +247,7 @@ def turns_of(method, family, one_batch_up_to):
     for turn in distiller.turns(0):
         roles.train_only(turn.trains)
         rows.append([])
-        loss = distiller.loss(turn, batch(needs, carry), rng(3), 0)
+        loss = whole(distiller.loss(turn, batch(needs, carry), rng(3), 0))
         loss.total.backward()
         found.append({key: value for key, value in gradients(roles, turn.trains).items() if value is not None})
         carry = loss.carry

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from distiller_support import DTYPE, Recorder, StandIn, full, make_affine, rng, run, schedules, vp
+from distiller_support import DTYPE, Recorder, StandIn, full, make_affine, rng, run, schedules, vp, whole
 from pydantic import ValidationError
 
 from diffdistill.distillers import dmd2, matching
@@ -53,7 +53,7 @@ def setup(cls, schedule, config, mu=None, swap=False):
 
 
 def student_gradient(distiller, student, size=16, pairs=None, seed=0):
-    loss = distiller.loss(distiller.turns(0)[STUDENT], Batch(Condition.none(size), None, pairs), rng(seed), 0)
+    loss = whole(distiller.loss(distiller.turns(0)[STUDENT], Batch(Condition.none(size), None, pairs), rng(seed), 0))
     loss.total.backward()
     return loss, student.network.offset.grad[0, 0]
 
@@ -299,7 +299,7 @@ def test_dmds_pairs_enter_at_the_noise_of_the_sampler():
     student = Recorder(teacher)
     distiller = DMD(DMDConfig(), teacher, StandIn(teacher, student=student, fake=teacher), 1)
     pairs = PairBatch(torch.ones(3, *SHAPE), torch.zeros(3, *SHAPE), Condition.none(3))
-    distiller.loss(distiller.turns(0)[STUDENT], Batch(Condition.none(3), None, pairs), rng(), 0)
+    whole(distiller.loss(distiller.turns(0)[STUDENT], Batch(Condition.none(3), None, pairs), rng(), 0))
     assert bool((student.calls[-1][2] == 80.0).all())
 
 

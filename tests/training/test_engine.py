@@ -134,6 +134,29 @@ def test_no_graph_outlives_its_micro_batch():
     assert len(Watching.alive) == 20
 
 
+def test_a_loss_in_two_parts_trains_and_logs_as_their_sum_with_one_graph_at_a_time():
+    class InParts(TinyDistiller):
+        def loss(self, turn, batch, rng, step):
+            one = super().loss(turn, batch, rng, step)
+            total = 0.3 * one.total
+            graph = weakref.ref(total)
+
+            def rest():
+                assert graph() is None
+                other = TinyDistiller.loss(self, turn, batch, rng, step)
+                return Loss(0.7 * other.total, {"rest": other.terms["error"]}, {})
+
+            return Loss(total, one.terms, one.carry, rest)
+
+    whole, parts = tiny_engine(2), tiny_engine(2, distiller=InParts)
+    assert_equal(train(whole), train(parts), rtol=1e-9, atol=1e-12)
+    logged, found = whole.meter.read(), parts.meter.read()
+    assert {name: found.pop(f"{name}/rest") for name in ("student", "fake")} == pytest.approx(
+        {name: logged[f"{name}/error"] for name in ("student", "fake")}
+    )
+    assert found == pytest.approx(logged)
+
+
 def test_clipping_scales_each_roles_gradient_to_the_norm():
     plain = OptimizerConfig(name="sgd", lr=1.0, betas=(0.0, 0.0))
 

@@ -33,10 +33,10 @@ def pipelines(place: Path) -> Path:  # noqa: F811
     return place
 
 
-def run(pipelines: Path, name: str, roles: dict, **changes) -> RunConfig:
-    """Return DMD2 on images of 32 pixels."""
+def run(pipelines: Path, name: str, roles: dict, method: dict = DMD2, **changes) -> RunConfig:
+    """Return a run on images of 32 pixels."""
     values = {"teacher": str(pipelines / name), "teacher_options": {"size": 32}, "roles": roles, "batch_size": 16, "ema": None}
-    return config(pipelines, "planned", DMD2, **(values | changes))
+    return config(pipelines, "planned", method, **(values | changes))
 
 
 def measured_peak(run: RunConfig, folder: Path) -> int:
@@ -88,6 +88,16 @@ def test_activations_are_those_of_the_micro_batch(pipelines, shared_plan):
     half = plan_memory(run(pipelines, "pixart", SHARED, micro_batch_size=8), "cpu")
     assert half.peak.activation_bytes == pytest.approx(shared_plan.peak.activation_bytes / 2, rel=0.1)
     assert [row.kept_bytes for row in half.rows] == [row.kept_bytes for row in shared_plan.rows]
+
+
+def test_the_graph_of_dmds_regression_does_not_lie_beside_that_of_its_matching(pipelines):
+    def student(regression, **changes):
+        method = {"name": "dmd", "guidance": 3.0, "regression": regression}
+        plan = plan_memory(run(pipelines, "pixart", COPIES, method, batch_size=64, **changes), "cpu")
+        return next(turn for turn in plan.turns if turn.name == "student").activation_bytes
+
+    pairs = student({}, pairs={"num": 64}) - student(None)
+    assert 0 <= pairs < 0.1 * student(None)  # the stored states alone
 
 
 def test_the_autoencoder_has_a_row(pipelines, shared_plan):
