@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from diffdistill.bench.definition import Cell
-from diffdistill.bench.floor import compare
+from diffdistill.bench.floor import compare_steady
 from diffdistill.bench.results import SampleRow
 from diffdistill.bench.session import Session
 from diffdistill.bench.timing import Clock, clock_of
@@ -32,7 +32,7 @@ def measure_samples(session: Session, cell: Cell, wanted: Sequence[tuple[Rule, i
             with torch.no_grad():
                 sampler.sample(session.roles["student"], Noise(seeds, device), condition)
 
-        found = compare(sample, session, clock, seconds)
+        found = compare_steady(sample, session, clock, seconds)
         yield SampleRow(
             teacher=cell.teacher,
             layout=cell.layout,

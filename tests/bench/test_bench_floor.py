@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffdistill.bench import published, results
-from diffdistill.bench.floor import MIN_ROUNDS, compare
+from diffdistill.bench.floor import MIN_ROUNDS, compare, compare_steady
 from diffdistill.bench.passes import Pass, bare, count, recorded
 from diffdistill.bench.run import bench
 from diffdistill.bench.session import open_session
@@ -126,6 +126,19 @@ def test_passes_are_counted_over_rounds_that_are_always_done(opened):
     with_time = compare(opened.step, opened, processor_time, seconds=0.0, per_round=2)
     assert len(with_time.times) == len(with_time.floors) == MIN_ROUNDS and with_time.num == 2 * MIN_ROUNDS
     assert with_time.passes[Pass("fake", "weights", 2)] == 1
+
+
+def test_nothing_is_observed_while_a_steady_action_is_timed(opened, asked):
+    student = opened.roles["student"]
+    original = type(student).__call__
+
+    def clock(action):
+        assert type(student).__call__ is original
+        return processor_time(action)
+
+    found = compare_steady(torch.no_grad()(lambda: [student(*asked), student(*asked)]), opened, clock, seconds=0.0)
+    assert found.passes == {Pass("student", "forward", 2): 2}
+    assert len(found.times) == len(found.floors) == found.num == MIN_ROUNDS and min(found.floors) > 0
 
 
 def kept_footprint(small, method):
