@@ -6,7 +6,7 @@ A `Sampler` is a time grid and a rule. Its states equal, step by step, those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, Protocol
@@ -101,6 +101,11 @@ class Sampler:
         calls = 2 * self.num_steps - int(lands_clean) if self.rule == "heun" else self.num_steps
         return calls * (1 if self.guidance == 1 or self.guidance_as_input else 2)
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a step that does not land clean draws noise."""
+        return self.rule in ("renoise", "sde") or (self.rule == "ddim" and self.eta > 0)
+
     def initial(self, noise: DrawsNoise, shape: tuple[int, ...]) -> Tensor:
         """Return the state the sampler starts from: pure noise scaled to the first time's spread.
 
@@ -148,8 +153,12 @@ class Sampler:
             value.to(x.device, non_blocking=True)[:, None].expand(-1, len(x)) for value in (self.grid.times, *self.grid.points)
         )
         points = list(map(Coefficients, alphas, sigmas))
+        steps = list(islice(self.grid.pairs(), num_steps))
+        num_draws = sum(r > self.grid.schedule.t_clean for _, r in steps) if self.draws_noise else 0
+        # Before the first pass, since a draw on the CPU waits for what a GPU has under way.
+        fresh = iter([noise.draw(tuple(x.shape[1:])) for _ in range(num_draws)])
         last: Estimate | None = None
-        for i, (t_float, r_float) in enumerate(islice(self.grid.pairs(), num_steps)):
+        for i, (t_float, r_float) in enumerate(steps):
             t, r = times[i], times[i + 1]
             now = Estimate(self._denoise(net, x, t, cond), points[i])
             if record is not None:
@@ -159,7 +168,7 @@ class Sampler:
             elif self.rule == "heun":
                 x = transfer.heun(lambda y, s: self._denoise(net, y, s, cond), x, t, r, self.grid.schedule, now.x0)
             else:
-                x = self._step(x, now, last, points[i + 1], noise)
+                x = self._step(x, now, last, points[i + 1], fresh)
             last = now
         return x
 
@@ -167,18 +176,17 @@ class Sampler:
         x0 = net(x, t, cond).x0
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
-    def _step(self, x: Tensor, now: Estimate, last: Estimate | None, r: Coefficients, noise: DrawsNoise) -> Tensor:
+    def _step(self, x: Tensor, now: Estimate, last: Estimate | None, r: Coefficients, fresh: Iterator[Tensor]) -> Tensor:
         """Carry x one step by a rule that needs no further network call."""
-        shape = tuple(x.shape[1:])
         if self.rule == "renoise":
-            return transfer.renoise_x0(now.x0, noise.draw(shape), r)
+            return transfer.renoise_x0(now.x0, next(fresh), r)
         if self.rule == "dpmpp_2m":
             x0_last, point_last = last if last is not None else (None, None)
             return transfer.dpmpp_2m(x, now.x0, x0_last, now.point, r, point_last)
         if self.rule == "sde":
-            return transfer.sde(x, now.x0, noise.draw(shape), now.point, r, self.eta)
+            return transfer.sde(x, now.x0, next(fresh), now.point, r, self.eta)
         if self.eta > 0:
-            return transfer.ddim_eta(x, now.x0, noise.draw(shape), now.point, r, self.eta)
+            return transfer.ddim_eta(x, now.x0, next(fresh), now.point, r, self.eta)
         return transfer.ddim(x, now.x0, now.point, r)
 
     def scheduler_config(self, training: Mapping[str, Any]) -> dict[str, Any]:
