@@ -48,7 +48,7 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-bench: install  ## steps, sampling, starts and overhead over what they must cost, into docs/performance.md (three quarters of an hour on one thread; goes on where it was)
+bench: install  ## steps, sampling, starts and overhead over what they must cost, into docs/performance.md (50 minutes on one thread; goes on where it was)
 	OMP_NUM_THREADS=1 $(BIN)/diffdistill bench cpu --resume --output eval/bench
 	mv eval/bench/performance.md docs/performance.md
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from diffdistill.bench.session import random_trajectories
+from diffdistill.bench.session import random_pairs, random_trajectories
 from diffdistill.config import RunConfig, parse_config
 from diffdistill.files import write_json
 from diffdistill.models.loading import Teacher, load_teacher
@@ -47,21 +47,19 @@ from diffdistill.training.engine import Engine
 from diffdistill.training.loading import load_roles, stored_tensors
 
 LIMIT = 1e-6
+NUM_STORED = 64  # pairs and trajectories, where a method reads them
 METHODS: Mapping[str, dict[str, Any]] = {
     "progressive": {"name": "progressive", "student_steps": 2},
     "consistency": {"name": "consistency"},
     "dmd2": {"name": "dmd2", "student_steps": 2, "student_every": 2, "gan": {}},
+    "dmd": {"name": "dmd"},
     "vsd": {"name": "vsd"},
     "lcm": {"name": "lcm", "ema_decay": 0.9},
     "guidance": {"name": "guidance", "guidance": [1.0, 5.0], "guidance_input": 2.0},
     "agd": {"name": "agd", "adapters": {"hidden_dim": 16, "targets": ["resnets.0"]}},
 }
-PROVEN = (
-    "progressive",
-    "consistency",
-    "dmd2",
-    "vsd",
-)  # in every layout; the others stand for an averaged target, extra inputs and guidance adapters
+# In every layout; the others stand for a loss in two parts, an averaged target, extra inputs and guidance adapters.
+PROVEN = ("progressive", "consistency", "dmd2", "vsd")
 COPIES: dict[str, Any] = {"layout": "copies"}
 COPIES_LORA: dict[str, Any] = {"layout": "copies", "lora": {"rank": 4}}
 SHARED: dict[str, Any] = {"layout": "shared", "lora": {"rank": 4}}
@@ -95,6 +93,7 @@ class Case:
                 "micro_batch_size": 1,
                 "roles": {**self.roles, "activation_checkpointing": self.checkpointing},
                 "ema": {"decay": 0.9},
+                "pairs": {"num": NUM_STORED} if self.method == "dmd" else None,
                 "parallel": self.parallel,
                 "exportable": False,
             }
@@ -109,6 +108,7 @@ SHORT = [
     Case("dmd2", COPIES, "fsdp"),
     Case("dmd2", SHARED, "ddp", checkpointing=True),
     GOES_ON,
+    Case("dmd", COPIES, "fsdp"),  # whose loss comes in two parts
     Case("vsd", SHARED, "fsdp"),
     Case("agd", SHARED_ADAPTERS, "fsdp", checkpointing=True),
 ]
@@ -175,6 +175,7 @@ def trained(
         resumes: where such a one is to be gone on with.
     """
     config = case.config(folder, steps)
+    needs = config.stages[0].needs
     split = config.parallel == "fsdp" and not isinstance(accelerator, Alone)  # over one process too: a GPU alone tries it
     if split:
         roles = build_shapes(config, load_teacher(folder, torch.float64, "meta"))
@@ -188,8 +189,8 @@ def trained(
         teacher,
         roles,
         source=build_source(config, teacher),
-        pairs=None,
-        trajectories=random_trajectories(teacher, 64) if config.stages[0].needs.trajectories is not None else None,
+        pairs=random_pairs(teacher, NUM_STORED) if needs.pairs else None,
+        trajectories=random_trajectories(teacher, NUM_STORED) if needs.trajectories is not None else None,
         shadow=shadow,
         accelerator=accelerator,
         size=1,

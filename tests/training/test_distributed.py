@@ -161,20 +161,14 @@ def test_a_split_run_equals_one_process_and_goes_on_in_any_number(teacher, nurse
 
 def test_several_processes_compute_what_one_does_and_go_on_with_what_others_left(teacher, nursery, tmp_path):
     script = (ROOT / "eval" / "distributed.py").read_text()
-    settings = (
-        "--teacher",
-        teacher,
-        "--steps",
-        3,
-        "--keep",
-        tmp_path / "middle",
-    )  # the student moves in the first and the last
+    steps = 3  # the student of DMD2 moves in the first and the last
+    settings = ("--teacher", teacher, "--steps", steps, "--keep", tmp_path / "middle")
     for count, cases, resumed in ((4, "shortest", {"1 to 4", "4 to 1"}), (2, "short", {"1 to 2", "4 to 2", "2 to 1"})):
         output, logs = tmp_path / f"{count}.json", [tmp_path / f"log{count}-{rank}" for rank in range(count)]
         processes = start(nursery, logs, *settings, "--cases", cases, "-o", output, code=script)
         assert [nursery.wait(process) for process in processes] == [0] * count, logs[0].read_text()
         rows = json.loads(output.read_text())["cases"]
-        assert len(rows) == {"shortest": 3, "short": 8}[cases]
+        assert len(rows) == {"shortest": 3, "short": 9}[cases]
         assert all(value < 1e-12 for row in rows.values() for value in row.values())  # float64 sums in another order
         ways = [{name.removeprefix("resumed ") for name in row if name.startswith("resumed ")} for row in rows.values()]
         assert ways.count(resumed) == 1 and ways.count(set()) == len(rows) - 1  # DMD2: three roles with moments, an average
