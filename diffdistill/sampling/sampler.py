@@ -25,6 +25,11 @@ from diffdistill.models.guidance import guided
 Rule = Literal["ddim", "renoise", "heun", "dpmpp_2m", "sde"]
 
 
+DRAWN_AHEAD = 16
+"""Draws of noise that a sampler makes before its first pass, at most: one on the CPU waits for all that a GPU has under way. More would
+take memory for every step."""
+
+
 class DrawsNoise(Protocol):
     """Anything that draws (B, *shape) standard normal noise: `Noise` or `BatchNoise`."""
 
@@ -155,8 +160,9 @@ class Sampler:
         points = list(map(Coefficients, alphas, sigmas))
         steps = list(islice(self.grid.pairs(), num_steps))
         num_draws = sum(r > self.grid.schedule.t_clean for _, r in steps) if self.draws_noise else 0
-        # Before the first pass, since a draw on the CPU waits for what a GPU has under way.
-        fresh = iter([noise.draw(tuple(x.shape[1:])) for _ in range(num_draws)])
+        fresh: Iterator[Tensor] = (noise.draw(tuple(x.shape[1:])) for _ in range(num_draws))
+        if num_draws <= DRAWN_AHEAD:
+            fresh = iter(list(fresh))
         last: Estimate | None = None
         for i, (t_float, r_float) in enumerate(steps):
             t, r = times[i], times[i + 1]

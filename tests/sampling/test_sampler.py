@@ -113,6 +113,25 @@ def test_renoise_forgets_the_state_and_noises_the_estimate():
     torch.testing.assert_close(states[1].x_t, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("rule", "eta"), [("renoise", 0.0), ("sde", 1.0), ("ddim", 1.0)])
+@pytest.mark.parametrize("steps", [1, 4, 40])
+def test_few_steps_draw_before_the_first_pass_and_many_one_by_one_as_they_go(rule, eta, steps):
+    events = []
+
+    class Told(Shrink):
+        def __call__(self, x_t, t, cond):
+            events.append("pass")
+            return super().__call__(x_t, t, cond)
+
+    class Drawn(Noise):
+        def draw(self, *arguments):
+            events.append("draw")
+            return super().draw(*arguments)
+
+    Sampler(grid_of("vp", steps), rule, eta=eta).sample(Told(SCHEDULES["vp"]), Drawn([1]), labels(1))
+    assert events == (["draw"] * steps + ["pass"] * steps if steps < 40 else ["draw", "pass"] * steps)
+
+
 class ConsistencyMap(Denoiser):
     """The end of the guided probability flow from x_t, exact, in place of the clean estimate."""
 
