@@ -58,7 +58,8 @@ def _section(title: str, found: Results) -> str:
         parts += [
             "### An image in few steps",
             "What `diffdistill sample` does between the encoded condition and the decoded image, for a student of the batch, and apart from it "
-            "the encoder and the decoder. Noise is drawn for each image by its own generator, so that an image does not depend on its batch.",
+            "the encoder and the decoder. Noise is drawn for each image by its own generator, so that an image does not depend on its batch. "
+            "The passes are the same every time; they are written down once, and nothing is observed while an image is timed.",
             f"Aim: at most {aims.sample:.2f}. {above(found.samples, aims.sample)}",
             samples_table(found.samples),
         ]
